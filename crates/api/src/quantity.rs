@@ -1,0 +1,1 @@
+//! (module header to be written by its owner)

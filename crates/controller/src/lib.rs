@@ -1,0 +1,1 @@
+//! Controllers: EndpointSlices, Endpoints, workloads, scheduling, garbage collection, namespaces, service accounts.

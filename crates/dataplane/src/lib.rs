@@ -1,0 +1,1 @@
+//! Programs compiled Services into the kernel of one node.

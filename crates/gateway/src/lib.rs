@@ -1,0 +1,1 @@
+//! The Ingress controller's L7 proxy.

@@ -1,0 +1,1 @@
+//! Load balancers: the service controller and its providers.

@@ -1,0 +1,1 @@
+//! Namespaces, links, routes, sysctls and sockets: the Linux parts that other crates share.

@@ -1,0 +1,1 @@
+//! The node agent of the standalone cluster: pods as OCI containers, probes, logs, exec.

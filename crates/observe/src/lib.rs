@@ -1,0 +1,1 @@
+//! Logging, metrics and the admin endpoints shared by all components.

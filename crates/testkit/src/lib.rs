@@ -1,0 +1,1 @@
+//! Test helpers: clusters in namespaces, waiting with a deadline, recorded conversations.
