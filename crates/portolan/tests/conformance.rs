@@ -1,0 +1,138 @@
+//! Replays recorded API conversations against the real binary and compares with the list of cases known to fail.
+//!
+//! The list may only shrink: a listed case that passes fails the test until it is taken off the list.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// An API server of the test's own; killed when dropped.
+struct Server {
+    child: Child,
+    url: String,
+    dir: tempfile::TempDir,
+}
+
+impl Server {
+    fn start(ranges: &str, controllers: bool) -> Server {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_portolan"));
+        command.args(["apiserver", "--listen", "127.0.0.1:0", "--service-cluster-ip-range", ranges]);
+        command.arg("--credentials-out").arg(dir.path());
+        if controllers {
+            command.arg("--controllers");
+        }
+        let log = fs::File::create(dir.path().join("log")).unwrap();
+        let mut child = command.stdout(Stdio::piped()).stderr(log).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let url = line.trim().to_string();
+        if !url.starts_with("https://") {
+            let _ = child.kill();
+            panic!("apiserver did not start: {line:?} {}", fs::read_to_string(dir.path().join("log")).unwrap());
+        }
+        Server { child, url, dir }
+    }
+
+    fn replay(&self, golden: &Path, file: &str) -> Outcome {
+        let path = golden.join(format!("{file}.jsonl"));
+        let credential = |name: &str| self.dir.path().join(name);
+        let output = Command::new("python3")
+            .arg(golden.join("golden.py"))
+            .args(["replay", "--server", &self.url])
+            .arg("--ca")
+            .arg(credential("ca.crt"))
+            .arg("--cert")
+            .arg(credential("admin.crt"))
+            .arg("--key")
+            .arg(credential("admin.key"))
+            .arg(&path)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let failed: BTreeSet<String> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("FAIL ")?.split_once(':').map(|(id, _)| id.to_string()))
+            .collect();
+        let all: BTreeSet<String> = fs::read_to_string(&path)
+            .unwrap()
+            .lines()
+            .filter(|line| !line.trim().is_empty())
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["id"].as_str().unwrap().to_string())
+            .collect();
+        let summary = format!("{} passed, {} failed", all.len() - failed.len(), failed.len());
+        assert!(
+            text.lines().any(|line| line == summary),
+            "the replayer did not finish {file}: {text}\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Outcome { all, failed, text }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+struct Outcome {
+    all: BTreeSet<String>,
+    failed: BTreeSet<String>,
+    text: String,
+}
+
+fn check(ranges: &str, controllers: bool, files: &[&str]) {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../conformance");
+    let server = Server::start(ranges, controllers);
+    let mut wrong = Vec::new();
+    for file in files {
+        let outcome = server.replay(&root.join("golden"), file);
+        let list = root.join(format!("known-failing/{file}.txt"));
+        if std::env::var_os("PORTOLAN_RECORD_FAILING").is_some() {
+            let lines: String = outcome.failed.iter().map(|id| format!("{id}\n")).collect();
+            if lines.is_empty() { drop(fs::remove_file(&list)) } else { fs::write(&list, lines).unwrap() }
+        }
+        let known: BTreeSet<String> =
+            fs::read_to_string(&list).unwrap_or_default().lines().map(str::to_string).filter(|l| !l.is_empty()).collect();
+        println!("{file}: {} of {} pass", outcome.all.len() - outcome.failed.len(), outcome.all.len());
+        for id in outcome.failed.difference(&known) {
+            let line = outcome.text.lines().find(|l| l.starts_with(&format!("FAIL {id}:"))).unwrap_or_default();
+            wrong.push(format!("{file}: {}", &line[..line.len().min(600)]));
+        }
+        for id in known.difference(&outcome.failed) {
+            wrong.push(if outcome.all.contains(id) {
+                format!("{file}: {id} passes now: take it off {}", list.display())
+            } else {
+                format!("{file}: {id} in {} is no case", list.display())
+            });
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+const SINGLE: &str = "10.96.0.0/12";
+const DUAL: &str = "10.96.0.0/12,fd00:10:96::/108";
+
+#[test]
+fn api_server_answers_as_recorded() {
+    check(SINGLE, false, &["api-apply", "api-objects", "api-patch", "api-tables", "crd"]);
+}
+
+#[test]
+fn services_are_allocated_as_recorded() {
+    check(SINGLE, false, &["services", "services-singlestack", "servicecidr", "endpoints"]);
+}
+
+#[test]
+fn dual_stack_services_are_allocated_as_recorded() {
+    check(DUAL, false, &["services-dualstack"]);
+}
+
+#[test]
+fn controllers_act_as_recorded() {
+    check(SINGLE, true, &["api-core", "endpointslices", "endpoints-controller", "mirroring", "workloads", "gc"]);
+}
