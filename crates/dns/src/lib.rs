@@ -4,6 +4,9 @@
 //! a pure function from request bytes to response bytes; the other modules carry bytes. Behaviour is that of CoreDNS with the
 //! kubernetes plugin except where ARCHITECTURE.md names a difference.
 
+pub mod answer;
+pub mod wire;
+
 use std::net::SocketAddr;
 use std::time::Duration;
 
