@@ -1,1 +1,660 @@
-//! (module header to be written by its owner)
+//! The view of the cluster that the Service compiler reads: trimmed Services, EndpointSlices and service ranges.
+//!
+//! Objects are parsed here, once, when a watch delivers them: addresses, ports and policies become types, and what cannot be
+//! used becomes a [`Finding`] that stays with the object. A test fills a [`World`] by hand or from YAML; nothing here does I/O.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::num::NonZeroU16;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use serde::{Deserialize, Serialize};
+
+use crate::finding::{Finding, Severity};
+use crate::origin::Origin;
+
+/// Label of an EndpointSlice that names its Service (discovery.k8s.io/v1).
+pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// Label that hands a Service to another proxy.
+pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+/// Label of slices and Services that need no proxy.
+pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+
+/// An address family; both are programmed independently of each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum IpFamily {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl IpFamily {
+    /// Both families, in the order in which they are programmed.
+    pub const ALL: [IpFamily; 2] = [IpFamily::V4, IpFamily::V6];
+
+    /// The family of an address.
+    pub fn of(addr: &IpAddr) -> IpFamily {
+        match addr {
+            IpAddr::V4(_) => IpFamily::V4,
+            IpAddr::V6(_) => IpFamily::V6,
+        }
+    }
+
+    /// The family of a network.
+    pub fn of_net(net: &IpNet) -> IpFamily {
+        match net {
+            IpNet::V4(_) => IpFamily::V4,
+            IpNet::V6(_) => IpFamily::V6,
+        }
+    }
+
+    /// The name that Kubernetes objects and kube-proxy's metrics use: `IPv4` or `IPv6`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            IpFamily::V4 => "IPv4",
+            IpFamily::V6 => "IPv6",
+        }
+    }
+}
+
+/// A transport protocol that Services know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum L4 {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+impl L4 {
+    /// Parses `TCP`, `UDP` or `SCTP`; an absent protocol is TCP.
+    pub fn parse(text: Option<&str>) -> Option<L4> {
+        match text {
+            None | Some("" | "TCP") => Some(L4::Tcp),
+            Some("UDP") => Some(L4::Udp),
+            Some("SCTP") => Some(L4::Sctp),
+            Some(_) => None,
+        }
+    }
+
+    /// The protocol's number in the IP header.
+    pub fn number(self) -> u8 {
+        match self {
+            L4::Tcp => 6,
+            L4::Udp => 17,
+            L4::Sctp => 132,
+        }
+    }
+
+    /// The name that Kubernetes objects use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            L4::Tcp => "TCP",
+            L4::Udp => "UDP",
+            L4::Sctp => "SCTP",
+        }
+    }
+}
+
+/// Namespace and name of an object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ObjectKey {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+}
+
+impl ObjectKey {
+    /// Makes a key.
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> ObjectKey {
+        ObjectKey { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl std::fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Whether a policy keeps traffic on the node (`Local`) or not (`Cluster`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum TrafficPolicy {
+    /// Endpoints of all nodes.
+    #[default]
+    Cluster,
+    /// Only endpoints of the node that decides.
+    Local,
+}
+
+impl TrafficPolicy {
+    fn parse(text: Option<&str>) -> TrafficPolicy {
+        if text == Some("Local") { TrafficPolicy::Local } else { TrafficPolicy::Cluster }
+    }
+}
+
+/// Session affinity of a Service port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Affinity {
+    /// Every new flow is spread.
+    #[default]
+    None,
+    /// New flows of one client address go to one endpoint until `timeout` after its last new flow.
+    ClientIp {
+        /// Sliding timeout.
+        timeout: Duration,
+    },
+}
+
+/// What the proxy needs of one Service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceSpec {
+    /// The Service.
+    pub origin: Origin,
+    /// Creation time in seconds since the epoch; the older Service wins a contested address.
+    pub created: i64,
+    /// Cluster IPs, at most one per family.
+    pub cluster_ips: Vec<IpAddr>,
+    /// External IPs.
+    pub external_ips: Vec<IpAddr>,
+    /// Load-balancer addresses that nodes answer themselves (`ipMode: VIP`).
+    pub vips: Vec<IpAddr>,
+    /// `loadBalancerSourceRanges`, parsed; empty means unrestricted.
+    pub source_ranges: Vec<IpNet>,
+    /// Ports.
+    pub ports: Vec<ServicePort>,
+    /// Session affinity.
+    pub affinity: Affinity,
+    /// For ClusterIPs.
+    pub internal_policy: TrafficPolicy,
+    /// For node ports, external IPs and load-balancer addresses.
+    pub external_policy: TrafficPolicy,
+    /// Port of the per-Service health check, when the Service has one (LoadBalancer with `Local`).
+    pub health_check: Option<NonZeroU16>,
+    /// Parts that have no effect.
+    pub findings: Vec<Finding>,
+}
+
+/// One port of a Service.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ServicePort {
+    /// Name; empty for the single unnamed port.
+    pub name: String,
+    /// Protocol.
+    pub protocol: L4,
+    /// Port on the cluster IP, external IPs and load-balancer addresses.
+    pub port: NonZeroU16,
+    /// Port on the nodes.
+    pub node_port: Option<NonZeroU16>,
+}
+
+/// What the proxy needs of one EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slice {
+    /// The Service named by the label.
+    pub service: ObjectKey,
+    /// Family of the addresses.
+    pub family: IpFamily,
+    /// Ports with a number.
+    pub ports: Vec<SlicePort>,
+    /// Endpoints, one per address.
+    pub endpoints: Vec<SliceEndpoint>,
+    /// Parts that have no effect.
+    pub findings: Vec<Finding>,
+}
+
+/// A port of an EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SlicePort {
+    /// Name, joined with the Service port's name.
+    pub name: String,
+    /// Protocol.
+    pub protocol: L4,
+    /// Where the endpoint listens.
+    pub port: NonZeroU16,
+}
+
+/// An endpoint of an EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SliceEndpoint {
+    /// Address.
+    pub addr: IpAddr,
+    /// Conditions, defaults filled in.
+    pub conditions: Conditions,
+    /// Node that the endpoint runs on.
+    pub node: Option<Arc<str>>,
+    /// Zones that should use it; empty without a hint.
+    pub for_zones: Vec<Arc<str>>,
+    /// Nodes that should use it; empty without a hint.
+    pub for_nodes: Vec<Arc<str>>,
+}
+
+/// Conditions of an endpoint. Absent ones count as: ready true, serving true, terminating false (services.md 3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Conditions {
+    /// Gets traffic.
+    pub ready: bool,
+    /// Would be ready, were it not terminating.
+    pub serving: bool,
+    /// Being deleted.
+    pub terminating: bool,
+}
+
+/// How a packet is recognised as coming from a pod of this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LocalDetection {
+    /// It cannot be: pods are treated like any other source.
+    #[default]
+    Off,
+    /// By the start of the name of the interface that it came in on.
+    InterfacePrefix(String),
+    /// By its source address.
+    Networks(Vec<IpNet>),
+}
+
+/// The node for which Services are compiled.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeView {
+    /// Name, as in `Endpoint.nodeName`.
+    pub name: String,
+    /// Topology zone, when known.
+    pub zone: Option<String>,
+    /// Addresses that carry node ports.
+    pub node_port_addresses: Vec<IpAddr>,
+    /// How pods of this node are recognised.
+    pub local_detection: LocalDetection,
+    /// Masquerade everything that is sent to a cluster IP.
+    pub masquerade_all: bool,
+}
+
+/// One consistent view of the objects that decide about Services.
+#[derive(Clone, Debug, Default)]
+pub struct World {
+    services: BTreeMap<ObjectKey, Arc<ServiceSpec>>,
+    slices: BTreeMap<ObjectKey, Arc<Slice>>,
+    slices_of: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
+    service_cidrs: BTreeMap<String, Vec<IpNet>>,
+}
+
+impl World {
+    /// Stores a Service as it is now and returns the key whose compilation may change.
+    ///
+    /// A Service that is not this proxy's (headless, ExternalName, another proxy's label, no address) is forgotten.
+    pub fn put_service(&mut self, service: &Service) -> ObjectKey {
+        let key = ObjectKey::new(
+            service.metadata.namespace.clone().unwrap_or_default(),
+            service.metadata.name.clone().unwrap_or_default(),
+        );
+        match ServiceSpec::parse(service) {
+            Some(spec) => self.services.insert(key.clone(), Arc::new(spec)),
+            None => self.services.remove(&key),
+        };
+        key
+    }
+
+    /// Forgets a Service.
+    pub fn delete_service(&mut self, key: &ObjectKey) {
+        self.services.remove(key);
+    }
+
+    /// Stores an EndpointSlice as it is now and returns the Services whose compilation may change: the one it names, and
+    /// the one that it named before when the label moved.
+    pub fn put_slice(&mut self, slice: &EndpointSlice) -> Vec<ObjectKey> {
+        let key = ObjectKey::new(
+            slice.metadata.namespace.clone().unwrap_or_default(),
+            slice.metadata.name.clone().unwrap_or_default(),
+        );
+        let mut dirty = self.delete_slice(&key);
+        if let Some(parsed) = Slice::parse(slice) {
+            if !dirty.contains(&parsed.service) {
+                dirty.push(parsed.service.clone());
+            }
+            self.slices_of.entry(parsed.service.clone()).or_default().insert(key.clone());
+            self.slices.insert(key, Arc::new(parsed));
+        }
+        dirty
+    }
+
+    /// Forgets an EndpointSlice and returns the Service whose compilation may change.
+    pub fn delete_slice(&mut self, key: &ObjectKey) -> Vec<ObjectKey> {
+        let Some(old) = self.slices.remove(key) else { return Vec::new() };
+        if let Some(of) = self.slices_of.get_mut(&old.service) {
+            of.remove(key);
+            if of.is_empty() {
+                self.slices_of.remove(&old.service);
+            }
+        }
+        vec![old.service.clone()]
+    }
+
+    /// Sets the ranges of one ServiceCIDR object; an empty list forgets it.
+    pub fn put_service_cidr(&mut self, name: &str, cidrs: Vec<IpNet>) {
+        if cidrs.is_empty() {
+            self.service_cidrs.remove(name);
+        } else {
+            self.service_cidrs.insert(name.to_owned(), cidrs);
+        }
+    }
+
+    /// All service ranges of a family, overlaps removed, sorted.
+    pub fn service_ranges(&self, family: IpFamily) -> Vec<IpNet> {
+        let nets = self
+            .service_cidrs
+            .values()
+            .flatten()
+            .filter(|n| IpFamily::of_net(n) == family)
+            .map(IpNet::trunc)
+            .collect::<Vec<_>>();
+        IpNet::aggregate(&nets)
+    }
+
+    /// One Service, if it is this proxy's.
+    pub fn service(&self, key: &ObjectKey) -> Option<&Arc<ServiceSpec>> {
+        self.services.get(key)
+    }
+
+    /// All Services of this proxy.
+    pub fn services(&self) -> impl Iterator<Item = (&ObjectKey, &Arc<ServiceSpec>)> {
+        self.services.iter()
+    }
+
+    /// The slices of one Service, in the order of their names.
+    pub fn slices_of(&self, service: &ObjectKey) -> impl Iterator<Item = &Arc<Slice>> {
+        self.slices_of.get(service).into_iter().flatten().filter_map(|k| self.slices.get(k))
+    }
+
+    /// Keys of everything that can be compiled.
+    pub fn service_keys(&self) -> BTreeSet<ObjectKey> {
+        self.services.keys().cloned().collect()
+    }
+}
+
+impl ServiceSpec {
+    /// Parses what the proxy needs; `None` for a Service that the proxy has nothing to do with (services.md 3.1).
+    pub fn parse(service: &Service) -> Option<ServiceSpec> {
+        let meta = &service.metadata;
+        let spec = service.spec.as_ref()?;
+        let service_type = spec.type_.as_deref().unwrap_or("ClusterIP");
+        if service_type == "ExternalName"
+            || spec.cluster_ip.as_deref() == Some("None")
+            || meta.labels.as_ref().is_some_and(|l| l.contains_key(PROXY_NAME_LABEL))
+        {
+            return None;
+        }
+        let origin = Origin {
+            kind: "Service".into(),
+            namespace: meta.namespace.clone().unwrap_or_default(),
+            name: meta.name.clone().unwrap_or_default(),
+            uid: meta.uid.clone().unwrap_or_default(),
+            generation: meta.generation.unwrap_or_default(),
+            field: String::new(),
+        };
+        let mut findings = Vec::new();
+        let mut finding = |field: String, message: String| {
+            findings.push(Finding {
+                origin: Origin { field, ..origin.clone() },
+                severity: Severity::Warning,
+                reason: "InvalidValue".into(),
+                message,
+            });
+        };
+
+        let listed = spec.cluster_ips.clone().unwrap_or_default();
+        let cluster_ip_texts = if listed.is_empty() { spec.cluster_ip.iter().cloned().collect() } else { listed };
+        let mut cluster_ips: Vec<IpAddr> = Vec::new();
+        for (i, text) in cluster_ip_texts.iter().enumerate().filter(|(_, t)| !t.is_empty()) {
+            match parse_ip(text) {
+                Some(ip) if cluster_ips.iter().all(|c| IpFamily::of(c) != IpFamily::of(&ip)) => cluster_ips.push(ip),
+                Some(_) => finding(format!("spec.clusterIPs[{i}]"), format!("a second address of one family: {text}")),
+                None => finding(format!("spec.clusterIPs[{i}]"), format!("not an IP address: {text:?}")),
+            }
+        }
+        if cluster_ips.is_empty() {
+            return None;
+        }
+        let families: Vec<IpFamily> = cluster_ips.iter().map(IpFamily::of).collect();
+
+        let mut external_ips = Vec::new();
+        for (i, text) in spec.external_ips.iter().flatten().enumerate() {
+            match parse_ip(text) {
+                Some(ip) if families.contains(&IpFamily::of(&ip)) => external_ips.push(ip),
+                Some(_) => finding(
+                    format!("spec.externalIPs[{i}]"),
+                    format!("{text} is of a family that the Service does not have, and is ignored"),
+                ),
+                None => finding(format!("spec.externalIPs[{i}]"), format!("not an IP address: {text:?}")),
+            }
+        }
+
+        let mut vips = Vec::new();
+        if service_type == "LoadBalancer" {
+            let ingress = service.status.iter().filter_map(|s| s.load_balancer.as_ref()).flat_map(|l| l.ingress.iter().flatten());
+            for (i, entry) in ingress.enumerate() {
+                // ipMode Proxy: the balancer must see the traffic, so nodes do not capture it (KEP-1860).
+                if entry.ip_mode.as_deref().is_some_and(|m| m != "VIP") {
+                    continue;
+                }
+                match entry.ip.as_deref().map(|text| (text, parse_ip(text))) {
+                    Some((_, Some(ip))) if families.contains(&IpFamily::of(&ip)) => vips.push(ip),
+                    Some((text, Some(_))) => finding(
+                        format!("status.loadBalancer.ingress[{i}].ip"),
+                        format!("{text} is of a family that the Service does not have, and is ignored"),
+                    ),
+                    Some((text, None)) => {
+                        finding(format!("status.loadBalancer.ingress[{i}].ip"), format!("not an IP address: {text:?}"));
+                    }
+                    None => {}
+                }
+            }
+        }
+        external_ips.sort();
+        external_ips.dedup();
+        vips.sort();
+        vips.dedup();
+
+        let mut source_ranges = Vec::new();
+        if service_type == "LoadBalancer" {
+            for (i, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
+                match parse_net(text) {
+                    Some(net) => source_ranges.push(net),
+                    None => finding(format!("spec.loadBalancerSourceRanges[{i}]"), format!("not a CIDR: {text:?}")),
+                }
+            }
+        }
+
+        let mut ports: Vec<ServicePort> = Vec::new();
+        for (i, port) in spec.ports.iter().flatten().enumerate() {
+            let Some(protocol) = L4::parse(port.protocol.as_deref()) else {
+                finding(format!("spec.ports[{i}].protocol"), format!("unknown protocol {:?}", port.protocol));
+                continue;
+            };
+            let Some(number) = port_number(port.port) else {
+                finding(format!("spec.ports[{i}].port"), format!("{} is not a port", port.port));
+                continue;
+            };
+            let node_port = match service_type {
+                "NodePort" | "LoadBalancer" => port.node_port.and_then(port_number),
+                _ => None,
+            };
+            ports.push(ServicePort { name: port.name.clone().unwrap_or_default(), protocol, port: number, node_port });
+        }
+
+        let affinity = if spec.session_affinity.as_deref() == Some("ClientIP") {
+            let seconds = spec
+                .session_affinity_config
+                .as_ref()
+                .and_then(|c| c.client_ip.as_ref())
+                .and_then(|c| c.timeout_seconds)
+                .filter(|s| *s > 0)
+                .unwrap_or(10_800); // The Service API's default: three hours.
+            Affinity::ClientIp { timeout: Duration::from_secs(u64::try_from(seconds).unwrap_or(10_800)) }
+        } else {
+            Affinity::None
+        };
+        let external_policy = TrafficPolicy::parse(spec.external_traffic_policy.as_deref());
+        let health_check = (service_type == "LoadBalancer" && external_policy == TrafficPolicy::Local)
+            .then(|| spec.health_check_node_port.and_then(port_number))
+            .flatten();
+        Some(ServiceSpec {
+            created: meta.creation_timestamp.as_ref().map(|t| t.0.as_second()).unwrap_or_default(),
+            cluster_ips,
+            external_ips,
+            vips,
+            source_ranges,
+            ports,
+            affinity,
+            internal_policy: TrafficPolicy::parse(spec.internal_traffic_policy.as_deref()),
+            external_policy,
+            health_check,
+            findings,
+            origin,
+        })
+    }
+}
+
+impl Slice {
+    /// Parses what the proxy needs; `None` for a slice that it ignores (services.md 3.1).
+    pub fn parse(slice: &EndpointSlice) -> Option<Slice> {
+        let meta = &slice.metadata;
+        let labels = meta.labels.as_ref()?;
+        let service = labels.get(SERVICE_NAME_LABEL).filter(|s| !s.is_empty())?;
+        if labels.contains_key(HEADLESS_LABEL) {
+            return None;
+        }
+        let family = match slice.address_type.as_str() {
+            "IPv4" => IpFamily::V4,
+            "IPv6" => IpFamily::V6,
+            _ => return None,
+        };
+        let namespace = meta.namespace.clone().unwrap_or_default();
+        let origin = Origin {
+            kind: "EndpointSlice".into(),
+            namespace: namespace.clone(),
+            name: meta.name.clone().unwrap_or_default(),
+            uid: meta.uid.clone().unwrap_or_default(),
+            generation: meta.generation.unwrap_or_default(),
+            field: String::new(),
+        };
+        let mut findings = Vec::new();
+        let mut finding = |field: String, message: String| {
+            findings.push(Finding {
+                origin: Origin { field, ..origin.clone() },
+                severity: Severity::Warning,
+                reason: "InvalidValue".into(),
+                message,
+            });
+        };
+        let ports = slice
+            .ports
+            .iter()
+            .flatten()
+            .filter_map(|p| {
+                Some(SlicePort {
+                    name: p.name.clone()?,
+                    protocol: L4::parse(p.protocol.as_deref())?,
+                    port: p.port.and_then(port_number)?,
+                })
+            })
+            .collect();
+        let mut endpoints = Vec::new();
+        for (i, endpoint) in slice.endpoints.iter().flatten().enumerate() {
+            // All addresses of one endpoint are the same thing; consumers use the first (discovery.k8s.io/v1).
+            let Some(text) = endpoint.addresses.first() else { continue };
+            let addr = match parse_ip(text) {
+                Some(ip) if IpFamily::of(&ip) != family => {
+                    finding(format!("endpoints[{i}].addresses[0]"), format!("{text} is not an {} address", family.as_str()));
+                    continue;
+                }
+                // A loopback or unspecified destination would send clients' packets to the node itself.
+                Some(ip) if ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() => {
+                    finding(format!("endpoints[{i}].addresses[0]"), format!("{text} cannot be an endpoint"));
+                    continue;
+                }
+                Some(ip) => ip,
+                None => {
+                    finding(format!("endpoints[{i}].addresses[0]"), format!("not an IP address: {text:?}"));
+                    continue;
+                }
+            };
+            let conditions = endpoint.conditions.as_ref();
+            let hints = endpoint.hints.as_ref();
+            endpoints.push(SliceEndpoint {
+                addr,
+                conditions: Conditions {
+                    ready: conditions.and_then(|c| c.ready).unwrap_or(true),
+                    serving: conditions.and_then(|c| c.serving).unwrap_or(true),
+                    terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
+                },
+                node: endpoint.node_name.as_deref().map(Arc::from),
+                for_zones: hints.iter().flat_map(|h| h.for_zones.iter().flatten()).map(|z| Arc::from(z.name.as_str())).collect(),
+                for_nodes: hints.iter().flat_map(|h| h.for_nodes.iter().flatten()).map(|n| Arc::from(n.name.as_str())).collect(),
+            });
+        }
+        Some(Slice { service: ObjectKey::new(namespace, service.clone()), family, ports, endpoints, findings })
+    }
+}
+
+fn port_number(port: i32) -> Option<NonZeroU16> {
+    u16::try_from(port).ok().and_then(NonZeroU16::new)
+}
+
+/// Parses an address, tolerating what old API servers stored: leading zeros and IPv4-mapped IPv6 (services.md 1.4).
+pub fn parse_ip(text: &str) -> Option<IpAddr> {
+    if let Ok(ip) = text.parse::<IpAddr>() {
+        return Some(ip.to_canonical());
+    }
+    let octets = text.split('.').map(|part| match part {
+        "" => None,
+        digits if digits.bytes().all(|b| b.is_ascii_digit()) => digits.trim_start_matches('0').parse().ok().or(
+            // A part of zeros only has nothing left after trimming.
+            digits.bytes().all(|b| b == b'0').then_some(0u8),
+        ),
+        _ => None,
+    });
+    let octets = octets.collect::<Option<Vec<u8>>>()?;
+    <[u8; 4]>::try_from(octets).ok().map(IpAddr::from)
+}
+
+/// Parses a network with the same tolerance as [`parse_ip`]; host bits are cleared, surrounding blanks ignored.
+pub fn parse_net(text: &str) -> Option<IpNet> {
+    let (addr, len) = text.trim().split_once('/')?;
+    let addr_parsed = parse_ip(addr)?;
+    let mut len: u8 = len.parse().ok()?;
+    if addr.contains(':') && addr_parsed.is_ipv4() {
+        len = len.checked_sub(96)?; // ::ffff:0:0/96 holds the mapped addresses, RFC 4291 section 2.5.5.2
+    }
+    IpNet::new(addr_parsed, len).ok().map(|n| n.trunc())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sloppy_addresses_have_one_canonical_form() {
+        for (text, expected) in [
+            ("10.0.0.1", Some("10.0.0.1")),
+            ("010.000.00.1", Some("10.0.0.1")),
+            ("::ffff:10.0.0.1", Some("10.0.0.1")),
+            ("fd00::1", Some("fd00::1")),
+            ("10.0.0", None),
+            ("10.0.0.256", None),
+            ("a.b.c.d", None),
+            ("", None),
+        ] {
+            assert_eq!(parse_ip(text), expected.map(|e| e.parse().unwrap()), "{text:?}");
+        }
+        assert_eq!(parse_net(" 10.9.8.7/8 "), Some("10.0.0.0/8".parse().unwrap()));
+        assert_eq!(parse_net("::ffff:10.0.0.0/104"), Some("10.0.0.0/8".parse().unwrap()));
+        assert_eq!(parse_net("10.0.0.0/33"), None);
+        assert_eq!(parse_net("10.0.0.0"), None);
+    }
+}

@@ -1,0 +1,130 @@
+//! A blocking netlink socket with a receive timeout; shared with other users of netlink in the data plane.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// How long the kernel may take for one answer. A full first sync of a large cluster is split into commits of milliseconds;
+/// a commit waits for RCU grace periods at most.
+const RECEIVE_TIMEOUT_SECS: libc::time_t = 30;
+
+/// 32 MiB: the buffer limits that hold the largest batch (the data plane splits at about 1 MiB) with its answers.
+const BUFFER_BYTES: libc::c_int = 32 << 20;
+
+/// A netlink socket bound to the network namespace of the thread that opened it.
+#[derive(Debug)]
+pub struct Socket {
+    fd: OwnedFd,
+}
+
+impl Socket {
+    /// Opens a socket for one netlink protocol.
+    pub fn open(protocol: libc::c_int) -> io::Result<Socket> {
+        // SAFETY: socket takes plain integers and returns a new descriptor or -1.
+        let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new and nobody else's.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let socket = Socket { fd };
+        let timeout = libc::timeval { tv_sec: RECEIVE_TIMEOUT_SECS, tv_usec: 0 };
+        socket.set(libc::SOL_SOCKET, libc::SO_RCVTIMEO, &timeout)?;
+        for force in [libc::SO_SNDBUFFORCE, libc::SO_RCVBUFFORCE] {
+            socket.set(libc::SOL_SOCKET, force, &BUFFER_BYTES)?;
+        }
+        // SAFETY: an all-zero sockaddr_nl is valid; the kernel then chooses the port number.
+        let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+        address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+        // SAFETY: the pointer and length describe `address`, which outlives the call.
+        let bound = unsafe {
+            libc::bind(
+                socket.fd.as_raw_fd(),
+                std::ptr::from_ref(&address).cast(),
+                std::mem::size_of::<libc::sockaddr_nl>() as libc::socklen_t,
+            )
+        };
+        if bound < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(socket)
+    }
+
+    fn set<T>(&self, level: libc::c_int, option: libc::c_int, value: &T) -> io::Result<()> {
+        // SAFETY: the pointer and length describe `value`, which outlives the call.
+        let set = unsafe {
+            libc::setsockopt(
+                self.fd.as_raw_fd(),
+                level,
+                option,
+                std::ptr::from_ref(value).cast(),
+                std::mem::size_of::<T>() as libc::socklen_t,
+            )
+        };
+        if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Joins a multicast group, so that its notifications are received.
+    pub fn join(&self, group: libc::c_int) -> io::Result<()> {
+        self.set(libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, &group)
+    }
+
+    /// Sets how long [`Socket::receive`] waits.
+    pub fn set_receive_timeout(&self, timeout: std::time::Duration) -> io::Result<()> {
+        let timeout = libc::timeval {
+            tv_sec: timeout.as_secs() as libc::time_t,
+            tv_usec: libc::suseconds_t::from(timeout.subsec_micros() as i32),
+        };
+        self.set(libc::SOL_SOCKET, libc::SO_RCVTIMEO, &timeout)
+    }
+
+    /// Sends one datagram to the kernel.
+    pub fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        loop {
+            // SAFETY: the pointer and length describe `bytes`.
+            let sent = unsafe { libc::send(self.fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) };
+            if sent >= 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Receives one datagram, whatever its size.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] after the timeout; `ENOBUFS` when notifications were lost.
+    pub fn receive(&self) -> io::Result<Vec<u8>> {
+        let mut buffer = vec![0u8; 64 << 10];
+        loop {
+            // SAFETY: the pointer and length describe `buffer`; MSG_PEEK leaves the datagram for a second try with more room.
+            let len = unsafe {
+                libc::recv(self.fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_TRUNC | libc::MSG_PEEK)
+            };
+            if len < 0 {
+                let error = io::Error::last_os_error();
+                if error.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                return Err(error);
+            }
+            if len as usize > buffer.len() {
+                buffer.resize(len as usize, 0);
+                continue;
+            }
+            // SAFETY: as above, without MSG_PEEK, which takes the datagram out.
+            let taken = unsafe { libc::recv(self.fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+            if taken < 0 {
+                let error = io::Error::last_os_error();
+                if error.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                return Err(error);
+            }
+            buffer.truncate(taken as usize);
+            return Ok(buffer);
+        }
+    }
+}
