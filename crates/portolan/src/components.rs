@@ -1,0 +1,157 @@
+//! One component alone, against any API server.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use portolan_linux::Netns;
+use portolan_observe::Observer;
+use tokio_util::sync::CancellationToken;
+
+use crate::args;
+use crate::state::write_private;
+
+/// Starts logging and the admin endpoints, and returns what a component is given.
+struct Start {
+    client: kube::Client,
+    observer: Observer,
+    shutdown: CancellationToken,
+}
+
+async fn start(connection: &args::Connection, metrics: Option<SocketAddr>) -> Result<Start> {
+    portolan_observe::init_tracing("info");
+    let shutdown = CancellationToken::new();
+    crate::up::stop_on_signal(shutdown.clone())?;
+    let client = portolan_client::connect(connection.kubeconfig.as_deref()).await?;
+    let observer = Observer::new();
+    if let Some(address) = metrics {
+        let listener = std::net::TcpListener::bind(address)
+            .with_context(|| format!("cannot serve metrics on {address}; choose another with --metrics-address"))?;
+        tokio::spawn(portolan_observe::serve_admin(listener, observer.clone(), shutdown.clone()));
+    }
+    Ok(Start { client, observer, shutdown })
+}
+
+fn netns(path: Option<&Path>) -> Result<Netns> {
+    Ok(match path {
+        Some(path) => Netns::open(path)?,
+        None => Netns::current()?,
+    })
+}
+
+/// `portolan proxy`
+pub async fn proxy(args: args::Proxy) -> Result<()> {
+    let Start { client, observer, shutdown } = start(&args.connection, Some(args.metrics_address)).await?;
+    let mut config = portolan_dataplane::AgentConfig::new(args.node_name, netns(args.netns.as_deref())?);
+    config.local_interface_prefix = args.pod_interface_prefix;
+    Ok(portolan_dataplane::run(config, client, observer, shutdown).await?)
+}
+
+/// `portolan dns`
+pub async fn dns(args: args::Dns) -> Result<()> {
+    let Start { client, observer, shutdown } = start(&args.connection, None).await?;
+    let any = |port: u16| Some(SocketAddr::from(([0, 0, 0, 0], port)));
+    let config = portolan_dns::Config {
+        listen: args.listen,
+        cluster_domain: args.cluster_domain,
+        upstreams: args.upstream.iter().map(|u| u.0).collect(),
+        health: any(8080),
+        ready: any(8181),
+        metrics: any(9153),
+        ..Default::default()
+    };
+    Ok(portolan_dns::run(config, client, observer, shutdown).await?)
+}
+
+/// `portolan gateway`
+pub async fn gateway(args: args::Gateway) -> Result<()> {
+    let Start { client, observer, shutdown } = start(&args.connection, None).await?;
+    let publish_service = match &args.publish_service {
+        Some(text) => {
+            let (namespace, name) = text
+                .split_once('/')
+                .with_context(|| format!("--publish-service {text}: expected NAMESPACE/NAME"))?;
+            Some((namespace.to_string(), name.to_string()))
+        }
+        None => None,
+    };
+    let mut config = portolan_gateway::Config {
+        http: args.http,
+        https: args.https,
+        publish_service,
+        admin: Some(args.metrics_address),
+        ..Default::default()
+    };
+    if let Some(workers) = args.workers {
+        config.workers = workers.get();
+    }
+    Ok(portolan_gateway::run(config, client, observer, shutdown).await?)
+}
+
+/// `portolan controller`
+pub async fn controller(args: args::Controller) -> Result<()> {
+    let Start { client, observer, shutdown } = start(&args.connection, Some(args.metrics_address)).await?;
+    let config = portolan_controller::Config { leader_election: args.leader_elect, ..Default::default() };
+    Ok(portolan_controller::run(config, client, observer, shutdown).await?)
+}
+
+/// `portolan lb`
+pub async fn lb(args: args::Lb) -> Result<()> {
+    let Start { client, observer, shutdown } = start(&args.connection, Some(args.metrics_address)).await?;
+    let config = portolan_lb::Config::new(netns(args.netns.as_deref())?, args.pool);
+    Ok(portolan_lb::run(config, client, observer, shutdown).await?)
+}
+
+/// `portolan apiserver`: prints its address and serves until a signal.
+pub async fn apiserver(args: args::Apiserver) -> Result<()> {
+    portolan_observe::init_tracing("info");
+    let shutdown = CancellationToken::new();
+    crate::up::stop_on_signal(shutdown.clone())?;
+    let listener = std::net::TcpListener::bind(args.listen)
+        .with_context(|| format!("cannot listen on {}; choose another address with --listen", args.listen))?;
+    let address = listener.local_addr()?;
+    let mut config = portolan_apiserver::ServerConfig::new(address);
+    config.data_dir = args.data_dir;
+    config.service_cidrs = args.service_cluster_ip_range;
+    let server = Arc::new(portolan_apiserver::Server::start(config, vec![listener]).await?);
+    let url = format!("https://{address}");
+    if let Some(dir) = &args.credentials_out {
+        write_private(&dir.join("kubeconfig"), server.kubeconfig(&url).as_bytes())?;
+        write_private(&dir.join("ca.crt"), server.ca_pem().as_bytes())?;
+        let (certificate, key) = server.admin_credentials();
+        write_private(&dir.join("admin.crt"), certificate.as_bytes())?;
+        write_private(&dir.join("admin.key"), key.as_bytes())?;
+    }
+    println!("{url}");
+    if args.controllers {
+        // Pods of an API server alone have no nodes to run on: nothing schedules them.
+        let all = portolan_controller::Controller::ALL;
+        let config = portolan_controller::Config {
+            enabled: all.into_iter().filter(|c| *c != portolan_controller::Controller::Scheduler).collect(),
+            cluster_ca: Some(server.ca_pem()),
+            ..Default::default()
+        };
+        let client = crate::up::local_client(&server, "system:kube-controller-manager");
+        portolan_controller::run(config, client, Observer::new(), shutdown.clone()).await?;
+    } else {
+        shutdown.cancelled().await;
+    }
+    if let Some(server) = Arc::into_inner(server) {
+        server.shutdown().await;
+    }
+    Ok(())
+}
+
+/// `portolan echo`
+pub async fn echo(args: args::Echo) -> Result<()> {
+    let only_others = args.port.is_empty() && !(args.tcp_port.is_empty() && args.udp_port.is_empty());
+    let http_ports = if args.port.is_empty() && !only_others { vec![8080] } else { args.port };
+    let config = portolan_node::echo::EchoConfig {
+        http_ports,
+        tcp_ports: args.tcp_port,
+        udp_ports: args.udp_port,
+        ..Default::default()
+    };
+    Ok(portolan_node::echo::run(config).await?)
+}

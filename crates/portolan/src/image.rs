@@ -1,0 +1,38 @@
+//! `portolan image`: the image store of a standalone cluster.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use portolan_node::ImageStore;
+
+use crate::args;
+use crate::state::Paths;
+
+/// Runs the command.
+pub fn run(command: args::Image) -> Result<()> {
+    match command {
+        args::Image::Import(args) => {
+            let store = open(&args.named, args.data_dir)?;
+            let imported = store
+                .import(&args.file)
+                .with_context(|| format!("cannot import {}", args.file.display()))?;
+            for reference in imported {
+                println!("imported {reference}");
+            }
+        }
+        args::Image::List(named) => {
+            for image in open(&named, None)?.list()? {
+                println!("{}  {}  {} MiB", image.reference, image.id, image.size / (1024 * 1024));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn open(named: &args::Named, data_dir: Option<PathBuf>) -> Result<ImageStore> {
+    let paths = Paths::new(&named.name);
+    let running = paths.read_state()?.map(|state| state.data_dir);
+    let data = data_dir.or(running).unwrap_or_else(|| paths.default_data());
+    let dir = data.join("images");
+    ImageStore::open(&dir).with_context(|| format!("cannot open the image store {}", dir.display()))
+}
