@@ -29,6 +29,10 @@ fn label_shaped(text: &str) -> bool {
     shaped(text, |b| lower_alnum(b) || b == b'-', lower_alnum)
 }
 
+fn subdomain_shaped(text: &str) -> bool {
+    text.split('.').all(label_shaped)
+}
+
 fn name_part_shaped(text: &str) -> bool {
     shaped(text, |b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'), |b| b.is_ascii_alphanumeric())
 }
@@ -47,7 +51,9 @@ pub fn dns1123_label(text: &str) -> Vec<String> {
     if text.len() > LABEL_MAX {
         faults.push(too_long_characters(LABEL_MAX));
     }
-    if !label_shaped(text) {
+    if !label_shaped(text) && subdomain_shaped(text) {
+        faults.push("must not contain dots".to_owned());
+    } else if !label_shaped(text) {
         faults.push(format!(
             "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and \
              end with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is \
@@ -63,7 +69,7 @@ pub fn dns1123_subdomain(text: &str) -> Vec<String> {
     if text.len() > SUBDOMAIN_MAX {
         faults.push(too_long_characters(SUBDOMAIN_MAX));
     }
-    if !text.split('.').all(label_shaped) {
+    if !subdomain_shaped(text) {
         faults.push(format!(
             "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must \
              start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is \
@@ -79,7 +85,7 @@ pub fn wildcard_dns1123_subdomain(text: &str) -> Vec<String> {
     if text.len() > SUBDOMAIN_MAX {
         faults.push(too_long_characters(SUBDOMAIN_MAX));
     }
-    if !text.strip_prefix("*.").is_some_and(|rest| rest.split('.').all(label_shaped)) {
+    if !text.strip_prefix("*.").is_some_and(subdomain_shaped) {
         faults.push(format!(
             "a wildcard DNS-1123 subdomain must start with '*.', followed by a valid DNS subdomain, which must consist \
              of lower case alphanumeric characters, '-' or '.' and end with an alphanumeric character (e.g. \

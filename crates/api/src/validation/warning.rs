@@ -1,0 +1,169 @@
+//! Warnings that accompany an accepted write.
+
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use super::service::TOPOLOGY_HINTS;
+use super::strings;
+use crate::kinds::Kind;
+use crate::meta;
+use crate::service as svc;
+
+/// The warning on every request about Endpoints objects.
+pub const ENDPOINTS_DEPRECATED: &str = "v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice";
+
+pub(super) fn of(kind: &Kind, new: &Value, old: Option<&Value>) -> Vec<String> {
+    let mut texts = Vec::new();
+    owner_references(&mut texts, new);
+    match (kind.group.as_str(), kind.kind.as_str()) {
+        ("", "Service") => service(&mut texts, new),
+        ("", "Endpoints") => texts.push(ENDPOINTS_DEPRECATED.to_owned()),
+        ("", "Pod") => pod(&mut texts, "spec", meta::get(new, &["spec"])),
+        ("", "ReplicationController") | ("apps", "Deployment" | "ReplicaSet" | "StatefulSet" | "DaemonSet") => {
+            pod(&mut texts, "spec.template.spec", meta::get(new, &["spec", "template", "spec"]));
+        }
+        ("networking.k8s.io", "Ingress") => ingress(&mut texts, new, old),
+        ("networking.k8s.io", "NetworkPolicy") => policy(&mut texts, new),
+        ("discovery.k8s.io", "EndpointSlice") => {
+            if meta::text(new, &["addressType"]) == "FQDN" {
+                texts.push("spec.addressType: FQDN endpoints are deprecated".to_owned());
+            }
+        }
+        _ => {}
+    }
+    texts
+}
+
+fn owner_references(texts: &mut Vec<String>, new: &Value) {
+    let mut seen = BTreeSet::new();
+    for reference in meta::list(new, &["metadata", "ownerReferences"]) {
+        let uid = meta::text(reference, &["uid"]);
+        if !seen.insert(uid) {
+            texts.push(format!(
+                ".metadata.ownerReferences contains duplicate entries; API server dedups owner references in 1.20+, and \
+                 may reject such requests as early as 1.24; please fix your requests; duplicate UID(s) observed: {uid}"
+            ));
+        }
+    }
+}
+
+fn service(texts: &mut Vec<String>, new: &Value) {
+    if meta::annotation(new, TOPOLOGY_HINTS).is_some() {
+        texts.push(format!(
+            "annotation {TOPOLOGY_HINTS} is deprecated, please use service.kubernetes.io/topology-mode instead"
+        ));
+    }
+    let balancer_ip = meta::text(new, &["spec", "loadBalancerIP"]);
+    let external_ips = strings(new, &["spec", "externalIPs"]);
+    if svc::is_headless(new) {
+        if !balancer_ip.is_empty() {
+            texts.push("spec.loadBalancerIP is ignored for headless services".to_owned());
+        }
+        if !external_ips.is_empty() {
+            texts.push("spec.externalIPs is ignored for headless services".to_owned());
+        }
+        if meta::text(new, &["spec", "sessionAffinity"]) != "None" {
+            texts.push("spec.SessionAffinity is ignored for headless services".to_owned());
+        }
+        return;
+    }
+    let external_name = svc::service_type(new) == "ExternalName";
+    for (i, ip) in svc::cluster_ips(new).into_iter().enumerate() {
+        noncanonical_ip(texts, &format!("spec.clusterIPs[{i}]"), ip);
+    }
+    for (i, ip) in external_ips.iter().enumerate() {
+        noncanonical_ip(texts, &format!("spec.externalIPs[{i}]"), ip);
+    }
+    noncanonical_ip(texts, "spec.loadBalancerIP", balancer_ip);
+    for (i, range) in strings(new, &["spec", "loadBalancerSourceRanges"]).into_iter().enumerate() {
+        noncanonical_cidr(texts, &format!("spec.loadBalancerSourceRanges[{i}]"), range.trim());
+    }
+    if !external_ips.is_empty() {
+        texts.push(if external_name {
+            "spec.externalIPs is ignored when spec.type is \"ExternalName\"".to_owned()
+        } else {
+            "spec.externalIPs is deprecated and may no longer be implemented in some clusters".to_owned()
+        });
+    }
+    if !external_name && !meta::text(new, &["spec", "externalName"]).is_empty() {
+        texts.push("spec.externalName is ignored when spec.type is not \"ExternalName\"".to_owned());
+    }
+    if meta::text(new, &["spec", "trafficDistribution"]) == "PreferClose" {
+        texts.push("spec.trafficDistribution: \"PreferClose\" is deprecated; use \"PreferSameZone\"".to_owned());
+    }
+}
+
+fn noncanonical_ip(texts: &mut Vec<String>, field: &str, text: &str) {
+    if let Ok(ip) = text.parse::<IpAddr>()
+        && ip.to_string() != text
+    {
+        texts.push(format!("{field}: IPv6 address \"{text}\" should be in RFC 5952 canonical format (\"{ip}\")"));
+    }
+}
+
+fn noncanonical_cidr(texts: &mut Vec<String>, field: &str, text: &str) {
+    if let Ok(net) = text.parse::<ipnet::IpNet>()
+        && net.to_string() != text
+    {
+        texts.push(format!("{field}: IPv6 CIDR value \"{text}\" should be in RFC 5952 canonical format (\"{net}\")"));
+    }
+}
+
+fn pod(texts: &mut Vec<String>, field: &str, spec: &Value) {
+    let mut ports: BTreeSet<(String, i64)> = BTreeSet::new();
+    for list in ["initContainers", "containers"] {
+        for (c, container) in meta::list(spec, &[list]).iter().enumerate() {
+            let at = format!("{field}.{list}[{c}]");
+            let mut names: BTreeSet<&str> = BTreeSet::new();
+            for (i, variable) in meta::list(container, &["env"]).iter().enumerate() {
+                let name = meta::text(variable, &["name"]);
+                // A later definition that uses an earlier one is how variables are extended.
+                let extends = meta::text(variable, &["value"]).contains(&format!("$({name})"));
+                if !names.insert(name) && !extends {
+                    texts.push(format!("{at}.env[{i}]: hides previous definition of \"{name}\", which may be dropped when using apply"));
+                }
+            }
+            for (i, port) in meta::list(container, &["ports"]).iter().enumerate() {
+                let number = port.get("containerPort").and_then(Value::as_i64).unwrap_or(0);
+                let key = (meta::text(port, &["protocol"]).to_owned(), number);
+                if number != 0 && !ports.insert(key.clone()) {
+                    let (protocol, number) = key;
+                    texts.push(format!("{at}.ports[{i}]: duplicate port definition with {at}.ports[0] ({number}/{protocol})"));
+                }
+            }
+        }
+    }
+    for (i, ip) in strings(spec, &["dnsConfig", "nameservers"]).into_iter().enumerate() {
+        noncanonical_ip(texts, &format!("{field}.dnsConfig.nameservers[{i}]"), ip);
+    }
+    for (i, alias) in meta::list(spec, &["hostAliases"]).iter().enumerate() {
+        noncanonical_ip(texts, &format!("{field}.hostAliases[{i}].ip"), meta::text(alias, &["ip"]));
+    }
+}
+
+fn ingress(texts: &mut Vec<String>, new: &Value, old: Option<&Value>) {
+    let annotation = "kubernetes.io/ingress.class";
+    if old.is_none()
+        && meta::annotation(new, annotation).is_some()
+        && meta::get(new, &["spec", "ingressClassName"]).is_null()
+    {
+        texts.push(format!(
+            "annotation \"{annotation}\" is deprecated, please use 'spec.ingressClassName' instead"
+        ));
+    }
+}
+
+fn policy(texts: &mut Vec<String>, new: &Value) {
+    for (list, peers) in [("ingress", "from"), ("egress", "to")] {
+        for (i, rule) in meta::list(new, &["spec", list]).iter().enumerate() {
+            for (p, peer) in meta::list(rule, &[peers]).iter().enumerate() {
+                let at = format!("spec.{list}[{i}].{peers}[{p}].ipBlock");
+                noncanonical_cidr(texts, &format!("{at}.cidr"), meta::text(peer, &["ipBlock", "cidr"]));
+                for (e, except) in strings(peer, &["ipBlock", "except"]).into_iter().enumerate() {
+                    noncanonical_cidr(texts, &format!("{at}.except[{e}]"), except);
+                }
+            }
+        }
+    }
+}
