@@ -56,7 +56,8 @@ impl Zone {
                 };
                 let kept = &labels[..usize::from(whole / step)];
                 let tail = if step == 8 { "in-addr.arpa" } else { "ip6.arpa" };
-                Zone::new(&kept.iter().rev().map(|l| format!("{l}.")).collect::<String>().add(tail))
+                let name: String = kept.iter().rev().map(|l| format!("{l}.")).collect();
+                Zone::new(&(name + tail))
             })
             .collect()
     }
@@ -70,8 +71,6 @@ impl Zone {
         self.text.ends_with("in-addr.arpa.") || self.text.ends_with("ip6.arpa.")
     }
 }
-
-use std::ops::Add;
 
 fn nibbles(address: Ipv6Addr) -> impl Iterator<Item = u8> {
     address.octets().into_iter().flat_map(|o| [o >> 4, o & 0xF])
@@ -142,14 +141,23 @@ impl Settings {
     }
 
     /// The zone with the longest name that holds `name`. A DS record belongs to the parent side (RFC 4035 section 3.1.4.1).
-    fn zone_of(&self, name: &Labels, qtype: u16) -> Option<&Zone> {
-        let holding = || self.zones.iter().filter(|z| name.is_under(&z.name));
-        let best = holding().max_by_key(|z| z.name.count())?;
-        if qtype == rtype::DS && best.name.count() == name.count() {
-            let parent = holding().filter(|z| z.name.count() < name.count()).max_by_key(|z| z.name.count());
+    fn zone_of(&self, name: &Labels, qtype: u16) -> Option<(usize, &Zone)> {
+        let holding = || self.zones.iter().enumerate().filter(|(_, z)| name.is_under(&z.name));
+        let best = holding().max_by_key(|(_, z)| z.name.count())?;
+        if qtype == rtype::DS && best.1.name.count() == name.count() {
+            let parent = holding().filter(|(_, z)| z.name.count() < name.count()).max_by_key(|(_, z)| z.name.count());
             return Some(parent.unwrap_or(best));
         }
         Some(best)
+    }
+
+    /// The name of a zone as metrics have it: `dropped` without a dot, `.` outside.
+    pub fn zone_text(&self, zone: InZone) -> &str {
+        match zone {
+            InZone::Dropped => "dropped",
+            InZone::Outside => ".",
+            InZone::Zone(i) => self.zones.get(i).map_or(".", |z| &z.text),
+        }
     }
 
     fn falls_through(&self, name: &Labels) -> bool {
@@ -174,20 +182,41 @@ pub enum Outcome {
     Chase(Chain),
 }
 
+/// Which zone a query fell in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum InZone {
+    /// None: rejected before zones were looked at.
+    Dropped,
+    /// None of ours.
+    Outside,
+    /// The zone of this number; [`Settings::zone_text`] names it.
+    Zone(usize),
+}
+
 /// What was answered, for metrics.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Summary {
-    /// The zone, `.` for names outside of all, `dropped` for what was rejected before zones were looked at.
-    pub zone: String,
+    /// The zone of the query.
+    pub zone: InZone,
     /// Response code.
     pub rcode: Rcode,
+    /// Record type asked for; `None` in what is no query.
+    pub rtype: Option<u16>,
+    /// Whether the client wants DNSSEC records.
+    pub dnssec_ok: bool,
+}
+
+impl Summary {
+    fn new(query: &Query<'_>, zone: InZone, rcode: Rcode) -> Summary {
+        Summary { zone, rcode, rtype: Some(query.rtype), dnssec_ok: query.edns.is_some_and(|e| e.dnssec_ok) }
+    }
 }
 
 /// An alias that leaves the zones: the names passed so far, ending in the target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chain {
     names: Vec<String>,
-    zone: String,
+    zone: InZone,
     ttl: u32,
 }
 
@@ -195,6 +224,12 @@ impl Chain {
     /// The name to resolve.
     pub fn target(&self) -> &str {
         self.names.last().map(String::as_str).unwrap_or_default()
+    }
+
+    /// The query for the target, of the type that `request` asks for; its id is 0.
+    pub(crate) fn query(&self, request: &[u8]) -> Option<Vec<u8>> {
+        let Parsed::Query(query) = wire::parse(request) else { return None };
+        Some(wire::build_query(0, Labels::parse(self.target())?.wire(), query.rtype))
     }
 }
 
@@ -219,9 +254,12 @@ pub fn answer(
         Ok(query) => query,
         Err(outcome) => return outcome,
     };
-    let Some(zone) = settings.zone_of(&query.name, query.rtype) else { return unhandled(settings, &query, transport, out) };
+    let Some((number, zone)) = settings.zone_of(&query.name, query.rtype) else {
+        return unhandled(settings, &query, transport, out);
+    };
+    let in_zone = InZone::Zone(number);
     if matches!(query.rtype, rtype::AXFR | rtype::IXFR) {
-        return simple(&query, transport, Rcode::Refused, zone.text(), out);
+        return simple(&query, transport, Rcode::Refused, in_zone, out);
     }
     let mut responder = Responder {
         settings,
@@ -234,7 +272,7 @@ pub fn answer(
     };
     let done = responder.respond();
     let authoritative = |responder: Responder<'_, '_, '_>, rcode| {
-        Outcome::Reply(Summary { zone: zone.text.clone(), rcode: responder.reply.finish(rcode, true) })
+        Outcome::Reply(Summary::new(&query, in_zone, responder.reply.finish(rcode, true)))
     };
     match done {
         Done::Data => authoritative(responder, Rcode::NoError),
@@ -252,7 +290,7 @@ pub fn answer(
             responder.soa(Section::Authority);
             authoritative(responder, if unsynced { Rcode::ServFail } else { Rcode::NxDomain })
         }
-        Done::Chase(names) => Outcome::Chase(Chain { names, zone: zone.text.clone(), ttl: settings.ttl }),
+        Done::Chase(names) => Outcome::Chase(Chain { names, zone: in_zone, ttl: settings.ttl }),
     }
 }
 
@@ -267,12 +305,12 @@ fn read<'a>(
         Parsed::Ignore => return Err(Outcome::Ignore),
         Parsed::Reject(rcode) => {
             wire::reject(request, rcode, out);
-            return Err(Outcome::Reply(Summary { zone: "dropped".into(), rcode }));
+            return Err(Outcome::Reply(Summary { zone: InZone::Dropped, rcode, rtype: None, dnssec_ok: false }));
         }
         Parsed::Query(query) => query,
     };
     if query.edns.is_some_and(|e| e.version != 0) {
-        return Err(simple(&query, transport, Rcode::BadVers, "dropped", out));
+        return Err(simple(&query, transport, Rcode::BadVers, InZone::Dropped, out));
     }
     if query.class != wire::CLASS_IN {
         return Err(other_class(settings, &query, transport, out));
@@ -282,19 +320,19 @@ fn read<'a>(
 
 fn other_class(settings: &Settings, query: &Query<'_>, transport: Transport, out: &mut Vec<u8>) -> Outcome {
     let Some((version, host)) = settings.chaos.as_ref().filter(|_| query.class == wire::CLASS_CH) else {
-        return simple(query, transport, Rcode::Refused, "dropped", out);
+        return simple(query, transport, Rcode::Refused, InZone::Dropped, out);
     };
     let text = match query.name.to_text().as_str() {
         "version.bind" | "version.server" => version,
         "hostname.bind" | "id.server" => host,
-        _ => return simple(query, transport, Rcode::ServFail, ".", out),
+        _ => return simple(query, transport, Rcode::ServFail, InZone::Outside, out),
     };
     if query.rtype != rtype::TXT {
-        return simple(query, transport, Rcode::ServFail, ".", out);
+        return simple(query, transport, Rcode::ServFail, InZone::Outside, out);
     }
     let mut reply = Reply::new(query, limit(query, transport), out);
     reply.record_in(wire::CLASS_CH, Section::Answer, Owner::Question, rtype::TXT, 0, |out| character_string(text, out));
-    Outcome::Reply(Summary { zone: ".".into(), rcode: reply.finish(Rcode::NoError, false) })
+    Outcome::Reply(Summary::new(query, InZone::Outside, reply.finish(Rcode::NoError, false)))
 }
 
 /// One string of a TXT record (RFC 1035 section 3.3): at most 255 octets.
@@ -305,32 +343,30 @@ fn character_string(text: &str, out: &mut Vec<u8>) {
 }
 
 /// A reply of nothing but a code.
-fn simple(query: &Query<'_>, transport: Transport, rcode: Rcode, zone: &str, out: &mut Vec<u8>) -> Outcome {
+fn simple(query: &Query<'_>, transport: Transport, rcode: Rcode, zone: InZone, out: &mut Vec<u8>) -> Outcome {
     let reply = Reply::new(query, limit(query, transport), out);
-    Outcome::Reply(Summary { zone: zone.into(), rcode: reply.finish(rcode, false) })
+    Outcome::Reply(Summary::new(query, zone, reply.finish(rcode, false)))
 }
 
 fn unhandled(settings: &Settings, query: &Query<'_>, transport: Transport, out: &mut Vec<u8>) -> Outcome {
     match settings.unhandled {
         _ if settings.forwards => Outcome::Forward,
-        Unhandled::Refused => simple(query, transport, Rcode::Refused, ".", out),
-        Unhandled::ServFail => simple(query, transport, Rcode::ServFail, ".", out),
+        Unhandled::Refused => simple(query, transport, Rcode::Refused, InZone::Outside, out),
+        Unhandled::ServFail => simple(query, transport, Rcode::ServFail, InZone::Outside, out),
     }
 }
 
 /// Answers with SERVFAIL or REFUSED what the forwarder could not.
 pub fn fail(request: &[u8], transport: Transport, rcode: Rcode, out: &mut Vec<u8>) -> Outcome {
     match wire::parse(request) {
-        Parsed::Query(query) => simple(&query, transport, rcode, ".", out),
+        Parsed::Query(query) => simple(&query, transport, rcode, InZone::Outside, out),
         Parsed::Ignore | Parsed::Reject(_) => Outcome::Ignore,
     }
 }
 
 /// Answers with an upstream's reply: as it came, but cut to what the client takes.
 pub fn relay(request: &[u8], transport: Transport, upstream: &[u8], out: &mut Vec<u8>) -> Outcome {
-    let (Parsed::Query(query), Some(id), true) =
-        (wire::parse(request), request.get(..2), upstream.len() >= wire::HEADER)
-    else {
+    let (Parsed::Query(query), true) = (wire::parse(request), upstream.len() >= wire::HEADER) else {
         return fail(request, transport, Rcode::ServFail, out);
     };
     let rcode = match upstream[3] & 0xF {
@@ -341,16 +377,13 @@ pub fn relay(request: &[u8], transport: Transport, upstream: &[u8], out: &mut Ve
         5 => Rcode::Refused,
         _ => Rcode::ServFail,
     };
-    if upstream.len() > limit(&query, transport) {
+    wire::relay(&query, upstream, out);
+    if out.len() > limit(&query, transport) {
         let mut reply = Reply::new(&query, limit(&query, transport), out);
         reply.set_truncated();
         reply.finish(rcode, false);
-    } else {
-        out.clear();
-        out.extend_from_slice(upstream);
-        out[..2].copy_from_slice(id);
     }
-    Outcome::Reply(Summary { zone: ".".into(), rcode })
+    Outcome::Reply(Summary::new(&query, InZone::Outside, rcode))
 }
 
 /// Completes an alias with the forwarder's reply for its target; `None` when it got none.
@@ -372,7 +405,7 @@ pub fn complete(chain: &Chain, request: &[u8], transport: Transport, upstream: O
     if found.truncated {
         reply.set_truncated();
     }
-    Outcome::Reply(Summary { zone: chain.zone.clone(), rcode: reply.finish(Rcode::NoError, true) })
+    Outcome::Reply(Summary::new(&query, chain.zone, reply.finish(Rcode::NoError, true)))
 }
 
 /// Writes the CNAME records from the question to the last of `names`; returns where that name stands.
@@ -840,7 +873,7 @@ impl<'a> Responder<'a, '_, '_> {
         let inside = target.is_under(&zone.name);
         let zone = match self.settings.zone_of(target, self.query.rtype) {
             _ if inside => zone,
-            Some(other) => other,
+            Some((_, other)) => other,
             None if self.settings.forwards => return Followed::Upstream,
             None => return Followed::Dangling,
         };
@@ -1008,7 +1041,7 @@ pub fn answer_published(
     let text = query.name.to_text();
     let Some(host) = names.find(&text) else { return unhandled(settings, &query, transport, out) };
     if matches!(query.rtype, rtype::AXFR | rtype::IXFR) {
-        return simple(&query, transport, Rcode::Refused, &text, out);
+        return simple(&query, transport, Rcode::Refused, InZone::Outside, out);
     }
     let ttl = host.ttl.unwrap_or(settings.ttl);
     let mut addresses = Vec::new();
@@ -1019,7 +1052,6 @@ pub fn answer_published(
             Target::Name(name) => alias = alias.or(Some(name.to_string())),
         }
     }
-    let summary = |rcode| Outcome::Reply(Summary { zone: ".".into(), rcode });
     let mut chain = Vec::new();
     // An alias cannot stand beside addresses (RFC 1034 section 3.6.2); addresses are the better answer.
     if let (true, Some(target)) = (addresses.is_empty(), alias) {
@@ -1031,7 +1063,7 @@ pub fn answer_published(
                     Target::Address(a) => Some(*a),
                     Target::Name(_) => None,
                 })),
-                None if settings.forwards => return Outcome::Chase(Chain { names: chain, zone: ".".into(), ttl }),
+                None if settings.forwards => return Outcome::Chase(Chain { names: chain, zone: InZone::Outside, ttl }),
                 None => {}
             }
         }
@@ -1050,5 +1082,5 @@ pub fn answer_published(
             reply.address(Section::Answer, Owner::At(owner), ttl, address);
         }
     }
-    summary(reply.finish(Rcode::NoError, true))
+    Outcome::Reply(Summary::new(&query, InZone::Outside, reply.finish(Rcode::NoError, true)))
 }

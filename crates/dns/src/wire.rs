@@ -430,16 +430,7 @@ impl<'q, 'o> Reply<'q, 'o> {
         }
         let mut additional = self.counts[2];
         if let Some(edns) = self.query.edns {
-            let bad_version = rcode == Rcode::BadVers;
-            let size = if bad_version { 0 } else { edns.size.min(super::answer::MAX_UDP) };
-            let dnssec_ok = edns.dnssec_ok && !bad_version;
-            self.out.push(0);
-            self.out.extend_from_slice(&rtype::OPT.to_be_bytes());
-            self.out.extend_from_slice(&size.to_be_bytes());
-            self.out.extend_from_slice(&[(rcode as u16 >> 4) as u8, 0, if dnssec_ok { 0x80 } else { 0 }, 0]);
-            let options = if bad_version { Vec::new() } else { echoed_options(edns.options) };
-            self.out.extend_from_slice(&(options.len() as u16).to_be_bytes());
-            self.out.extend_from_slice(&options);
+            write_opt(edns, rcode, self.out);
             additional += 1;
         }
         self.out[2..4].copy_from_slice(&flags.to_be_bytes());
@@ -526,6 +517,66 @@ pub(crate) fn parse_upstream(message: &[u8]) -> Option<Upstream> {
         records.push(Record { owner, rtype, ttl, data });
     }
     Some(Upstream { rcode: flags & 0xF, truncated: flags & TC != 0, answers: records })
+}
+
+/// Puts the reply of an upstream in `out` with the client's id and our own OPT record in place of the upstream's: OPT is
+/// between two neighbours only (RFC 6891 section 6.2.6). A reply that cannot be read goes on as it is.
+pub(crate) fn relay(query: &Query<'_>, upstream: &[u8], out: &mut Vec<u8>) {
+    out.clear();
+    out.extend_from_slice(upstream);
+    let Some(opt) = find_opt(upstream) else {
+        out[..2].copy_from_slice(&query.message[..2]);
+        return;
+    };
+    let mut additional = u16_at(upstream, 10).unwrap_or_default();
+    if let Some((start, end)) = opt {
+        if end != upstream.len() {
+            // Something stands behind it that may be pointed to; leave the message alone.
+            out[..2].copy_from_slice(&query.message[..2]);
+            return;
+        }
+        out.truncate(start);
+        additional -= 1;
+    }
+    if let Some(edns) = query.edns {
+        write_opt(edns, Rcode::NoError, out);
+        additional += 1;
+    }
+    out[..2].copy_from_slice(&query.message[..2]);
+    out[10..12].copy_from_slice(&additional.to_be_bytes());
+}
+
+/// Where the OPT record of a message stands; the outer `None` for a message that cannot be read.
+fn find_opt(message: &[u8]) -> Option<Option<(usize, usize)>> {
+    let mut at = HEADER;
+    for _ in 0..u16_at(message, 4)? {
+        at = skip_name(message, at)? + 4;
+    }
+    let mut found = None;
+    let records: u32 = [6, 8, 10].iter().filter_map(|at| u16_at(message, *at)).map(u32::from).sum();
+    for _ in 0..records {
+        let fixed = skip_name(message, at)?;
+        let end = fixed + 10 + usize::from(u16_at(message, fixed + 8)?);
+        message.get(..end)?;
+        if u16_at(message, fixed)? == rtype::OPT {
+            found = Some((at, end));
+        }
+        at = end;
+    }
+    Some(found)
+}
+
+fn write_opt(edns: Edns<'_>, rcode: Rcode, out: &mut Vec<u8>) {
+    let bad_version = rcode == Rcode::BadVers;
+    let size = if bad_version { 0 } else { edns.size.min(super::answer::MAX_UDP) };
+    let dnssec_ok = edns.dnssec_ok && !bad_version;
+    out.push(0);
+    out.extend_from_slice(&rtype::OPT.to_be_bytes());
+    out.extend_from_slice(&size.to_be_bytes());
+    out.extend_from_slice(&[(rcode as u16 >> 4) as u8, 0, if dnssec_ok { 0x80 } else { 0 }, 0]);
+    let options = if bad_version { Vec::new() } else { echoed_options(edns.options) };
+    out.extend_from_slice(&(options.len() as u16).to_be_bytes());
+    out.extend_from_slice(&options);
 }
 
 /// Whether `reply` answers `query`: response bit, id, and the question octet by octet but for case.
