@@ -743,11 +743,10 @@ impl<'a> Responder<'a, '_, '_> {
     }
 
     fn srv(&mut self, entry: &Entry, part: Part<'_>, service: &str, namespace: &str) -> Done {
-        let mut pairs = pairs(entry, part);
+        let pairs = pairs(entry, part);
         if pairs.is_empty() {
             return Done::NoName;
         }
-        shuffle(&mut pairs, self.seed);
         // The weight counts pairs before equal records are merged, so a dual-stack Service has 50. Kept as CoreDNS has it.
         let weight = (100 / pairs.len()).max(1) as u16;
         let ttl = self.settings.ttl;

@@ -23,7 +23,8 @@ use arc_swap::ArcSwap;
 use portolan_linux::Netns;
 use portolan_observe::Observer;
 use portolan_plan::zone::{Options, Published, ZoneBuilder, ZoneSet};
-use tokio::io::unix::AsyncFd;
+use tokio::io::Interest;
+use tokio::net::UdpSocket;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -367,7 +368,7 @@ fn serve_probe(
 /// Answers datagrams of one socket. Queries that need an upstream go to a task of their own, so that a slow upstream holds
 /// up nobody else.
 async fn udp_worker(server: Arc<Server>, socket: std::net::UdpSocket, stop: CancellationToken, tasks: TaskTracker) {
-    let socket = match AsyncFd::register(socket) {
+    let socket = match UdpSocket::from_std(socket) {
         Ok(socket) => Arc::new(socket),
         Err(error) => {
             tracing::error!(%error, "cannot wait for datagrams");
@@ -380,29 +381,19 @@ async fn udp_worker(server: Arc<Server>, socket: std::net::UdpSocket, stop: Canc
     let mut replies: Vec<(Peer, Vec<u8>)> = Vec::with_capacity(udp::BATCH);
     let mut spare: Vec<Vec<u8>> = Vec::with_capacity(udp::BATCH);
     loop {
-        let mut readable = tokio::select! {
+        tokio::select! {
             () = stop.cancelled() => return,
-            readable = socket.readable() => match readable {
-                Ok(readable) => readable,
-                Err(_) => return,
-            },
-        };
+            readable = socket.readable() => if readable.is_err() { return },
+        }
         // A bounded number of batches at a time leaves room for the runtime's other tasks.
         for _ in 0..16 {
-            match received.read(socket.get_ref()) {
-                Ok(n) => {
+            match socket.try_io(Interest::READABLE, || received.read(&*socket)) {
+                Ok(_) => {
                     answer_batch(&server, &received, &socket, &mut seeds, &mut recorder, &mut replies, &mut spare, &tasks);
-                    udp::send(socket.get_ref(), &replies);
+                    udp::send(&*socket, &replies);
                     spare.extend(replies.drain(..).map(|(_, out)| out));
-                    if n < udp::BATCH {
-                        // Fewer than asked for: the socket is most likely empty, which the next wait finds out.
-                        continue;
-                    }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    readable.clear_ready();
-                    break;
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // An ICMP error of an earlier answer; the socket goes on.
                 Err(error) => tracing::trace!(%error, "cannot read queries"),
             }
@@ -414,7 +405,7 @@ async fn udp_worker(server: Arc<Server>, socket: std::net::UdpSocket, stop: Canc
 fn answer_batch(
     server: &Arc<Server>,
     received: &udp::Received,
-    socket: &Arc<AsyncFd<std::net::UdpSocket>>,
+    socket: &Arc<UdpSocket>,
     seeds: &mut Seeds,
     recorder: &mut Recorder,
     replies: &mut Vec<(Peer, Vec<u8>)>,
@@ -438,7 +429,7 @@ fn answer_batch(
                         let mut recorder = Recorder::new(Arc::clone(&server.metrics));
                         let from = (peer.address.ip(), Transport::Udp);
                         server.record(&mut recorder, summary, from, (request.len(), out.len()), started.elapsed());
-                        udp::send(socket.get_ref(), &[(peer, out)]);
+                        udp::send(&*socket, &[(peer, out)]);
                     }
                 });
             }

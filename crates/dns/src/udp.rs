@@ -84,7 +84,7 @@ impl Received {
     }
 
     /// Reads what has arrived, at most a batch; does not wait.
-    pub(crate) fn read(&mut self, socket: &UdpSocket) -> io::Result<usize> {
+    pub(crate) fn read(&mut self, socket: &impl AsRawFd) -> io::Result<usize> {
         self.count = 0;
         // SAFETY: an all-zero iovec or mmsghdr is a valid value of these plain C structures.
         let (mut parts, mut headers): ([libc::iovec; BATCH], [libc::mmsghdr; BATCH]) = unsafe { (zeroed(), zeroed()) };
@@ -144,7 +144,7 @@ fn local_address(header: &libc::msghdr) -> Option<IpAddr> {
 
 /// Sends messages, each to its peer and from the address the peer wrote to. What the kernel does not take is dropped, as the
 /// network might; the client asks again.
-pub(crate) fn send(socket: &UdpSocket, messages: &[(Peer, Vec<u8>)]) {
+pub(crate) fn send(socket: &impl AsRawFd, messages: &[(Peer, Vec<u8>)]) {
     for batch in messages.chunks(BATCH) {
         // SAFETY: an all-zero iovec or mmsghdr is a valid value of these plain C structures.
         let (mut parts, mut headers): ([libc::iovec; BATCH], [libc::mmsghdr; BATCH]) = unsafe { (zeroed(), zeroed()) };

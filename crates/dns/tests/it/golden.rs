@@ -37,6 +37,12 @@ fn delete(builder: &mut ZoneBuilder, object: &Value) {
     match object["kind"].as_str().unwrap() {
         "Service" => drop(builder.delete_service(ns, name)),
         "EndpointSlice" => drop(builder.delete_slice(ns, name)),
+        // Deleted with a grace period: the pod goes on existing, with a deletionTimestamp.
+        "Pod" if object["gracePeriodSeconds"].as_u64().unwrap_or(0) > 0 => {
+            let leaving = json!({"kind": "Pod", "metadata": {"namespace": ns, "name": name,
+                "deletionTimestamp": "2026-01-01T00:00:00Z"}, "status": {"phase": "Running"}});
+            apply(builder, &leaving);
+        }
         "Pod" => drop(builder.delete_pod(ns, name)),
         other => panic!("delete {other}"),
     }
@@ -291,7 +297,9 @@ fn cut(case: &Value, expect: &Value, got: &Decoded) -> Result<(), String> {
     let member = |line: &String| {
         let address = line.rsplit(' ').next().unwrap_or_default();
         let first = address.split('.').next().unwrap_or_default();
-        let octets: Vec<u8> = address.split('.').chain(first.split('-')).filter_map(|o| o.parse().ok()).collect();
+        let separator = if first.contains('-') { '-' } else { '.' };
+        let text = if separator == '-' { first } else { address };
+        let octets: Vec<u8> = text.split(separator).filter_map(|o| o.parse().ok()).collect();
         matches!(octets[..], [10, 245, 0..=2, 1..=100])
     };
     let distinct: BTreeSet<_> = got.sections[0].iter().collect();

@@ -39,13 +39,14 @@ pub fn reply(query: &[u8], udp: bool) -> Option<Vec<u8>> {
     }
     let question_end = 12 + name_from_text(&name).len() + 4;
     let mut out = query[..question_end].to_vec();
-    let flags = u16::from_be_bytes([query[2], query[3]]) & 0x0110 | 0x8080 | rcode | if cut { 0x0200 } else { 0 };
+    let flags = u16::from_be_bytes([query[2], query[3]]) & 0x0100 | 0x8080 | rcode | if cut { 0x0200 } else { 0 };
     out[2..4].copy_from_slice(&flags.to_be_bytes());
     out[6..8].copy_from_slice(&(answers.len() as u16).to_be_bytes());
     out[8..10].copy_from_slice(&u16::from(negative.is_some()).to_be_bytes());
     out[10..12].copy_from_slice(&[0, u8::from(asked.edns.is_some())]);
     let mut record = |owner: &str, rtype: u16, ttl: u32, data: &[u8]| {
-        out.extend(name_from_text(owner));
+        // The question's name goes back in the client's case.
+        if owner == name { out.extend([0xC0, 12]) } else { out.extend(name_from_text(owner)) }
         out.extend(rtype.to_be_bytes());
         out.extend(1u16.to_be_bytes());
         out.extend(ttl.to_be_bytes());
