@@ -279,7 +279,10 @@ impl<'t> Walk<'t> {
             let value = self.at_key(&name, |walk| walk.value(&field.ty, node));
             self.fields.pop();
             match value {
-                Some(value) if !(field.omit_empty && is_empty(&field.ty, &value)) => map.insert(name, value),
+                // An empty list of managedFields means something: it ends the tracking of an object.
+                Some(value) if name == "managedFields" || !(field.omit_empty && is_empty(&field.ty, &value)) => {
+                    map.insert(name, value)
+                }
                 _ => map.remove(&name),
             };
         }
