@@ -36,6 +36,11 @@ fn mode(service: &Service) -> Mode {
     }
 }
 
+/// Whether the Service asks for hints in proportion to the CPU of zones, so that it depends on all nodes.
+pub fn is_proportional(service: &Service) -> bool {
+    mode(service) == Mode::Proportional
+}
+
 /// What [`assign`] reports.
 pub(crate) struct Outcome {
     /// An event about the Service: (warning, reason, message).

@@ -1,0 +1,418 @@
+//! One informer per kind for the whole process: the objects as the API server last told them, and who wants to know of changes.
+//!
+//! A cache answers with what this process itself has written: the object in the answer to a write enters the cache at once, and
+//! the watch event that follows is recognised by its resourceVersion (which is comparable, KEP-5504). So controllers never act
+//! on a state that is older than their own last act, and need neither expectations nor staleness guards.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt::Debug;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+
+use futures::StreamExt;
+use k8s_openapi::api::apps::v1::{ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet};
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::serde::de::DeserializeOwned;
+use kube::runtime::watcher::{self, Event, watcher};
+use kube::runtime::WatchStreamExt;
+use kube::{Api, Client, Resource};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+/// What a cache can hold.
+pub trait Cached: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static {}
+
+impl<K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static> Cached for K {}
+
+/// Called with the object before and after a change; one of them is absent when it is new or gone.
+type Handler<K> = Box<dyn Fn(Option<&Arc<K>>, Option<&Arc<K>>) + Send + Sync>;
+
+struct Entry<K> {
+    object: Arc<K>,
+    /// Zero when the server's version is no number.
+    version: u64,
+    /// Set by a write of this process that the watch has not confirmed; the value counts relists.
+    unconfirmed: Option<u64>,
+}
+
+struct State<K> {
+    namespaces: HashMap<String, BTreeMap<String, Entry<K>>>,
+    /// uids of objects that this process has seen deleted, until the watch says so too.
+    gone: HashSet<String>,
+    /// Relists begun.
+    epoch: u64,
+}
+
+struct Inner<K> {
+    state: RwLock<State<K>>,
+    handlers: RwLock<Vec<Handler<K>>>,
+    needed: AtomicBool,
+    synced: watch::Sender<bool>,
+    /// Keeps handler calls in the order of the changes.
+    order: Mutex<()>,
+}
+
+/// The cache of one kind. Cloning shares it.
+pub struct Informer<K>(Arc<Inner<K>>);
+
+impl<K> Clone for Informer<K> {
+    fn clone(&self) -> Self {
+        Informer(self.0.clone())
+    }
+}
+
+impl<K: Cached> Default for Informer<K> {
+    fn default() -> Self {
+        Informer::new()
+    }
+}
+
+const POISONED: &str = "no handler panics while it holds a cache lock";
+
+impl<K: Cached> Informer<K> {
+    /// An empty cache that nobody fills yet.
+    pub fn new() -> Informer<K> {
+        Informer(Arc::new(Inner {
+            state: RwLock::new(State { namespaces: HashMap::new(), gone: HashSet::new(), epoch: 0 }),
+            handlers: RwLock::new(Vec::new()),
+            needed: AtomicBool::new(false),
+            synced: watch::Sender::new(false),
+            order: Mutex::new(()),
+        }))
+    }
+
+    /// Says that somebody reads this cache, so that it is filled.
+    pub fn need(&self) -> &Informer<K> {
+        self.0.needed.store(true, Ordering::Relaxed);
+        self
+    }
+
+    /// Calls `handler` for every change from now on; register before the cache is started. Handlers must be quick and must not
+    /// write to this cache.
+    pub fn on_change(&self, handler: impl Fn(Option<&Arc<K>>, Option<&Arc<K>>) + Send + Sync + 'static) {
+        self.need();
+        self.0.handlers.write().expect(POISONED).push(Box::new(handler));
+    }
+
+    /// The object with this namespace (empty for cluster-scoped kinds) and name.
+    pub fn get(&self, namespace: &str, name: &str) -> Option<Arc<K>> {
+        let state = self.0.state.read().expect(POISONED);
+        state.namespaces.get(namespace)?.get(name).map(|e| e.object.clone())
+    }
+
+    /// The objects of a namespace, by name.
+    pub fn list(&self, namespace: &str) -> Vec<Arc<K>> {
+        let state = self.0.state.read().expect(POISONED);
+        state.namespaces.get(namespace).into_iter().flat_map(|n| n.values()).map(|e| e.object.clone()).collect()
+    }
+
+    /// All objects, in no particular order of namespaces.
+    pub fn all(&self) -> Vec<Arc<K>> {
+        let state = self.0.state.read().expect(POISONED);
+        state.namespaces.values().flat_map(|n| n.values()).map(|e| e.object.clone()).collect()
+    }
+
+    /// Enters the answer to a write of this process. Readers and handlers see it at once.
+    pub fn wrote(&self, object: K) {
+        self.enter(object, true, true);
+    }
+
+    /// As [`Informer::wrote`], but without telling handlers: for kinds whose only interested controller is the writer.
+    pub fn wrote_quietly(&self, object: K) {
+        self.enter(object, true, false);
+    }
+
+    /// Notes that this process has seen the object deleted.
+    pub fn deleted(&self, object: &K) {
+        let meta = object.meta();
+        let (namespace, name) = key(object);
+        let _order = self.0.order.lock().expect(POISONED);
+        let old = {
+            let mut state = self.0.state.write().expect(POISONED);
+            if let Some(uid) = &meta.uid {
+                state.gone.insert(uid.clone());
+            }
+            take(&mut state, &namespace, &name, meta.uid.as_deref())
+        };
+        if let Some(old) = old {
+            self.notify(Some(&old), None);
+        }
+    }
+
+    fn notify(&self, old: Option<&Arc<K>>, new: Option<&Arc<K>>) {
+        for handler in self.0.handlers.read().expect(POISONED).iter() {
+            handler(old, new);
+        }
+    }
+
+    fn store(&self, object: K, own: bool) {
+        self.enter(object, own, true);
+    }
+
+    fn enter(&self, mut object: K, own: bool, tell: bool) {
+        object.meta_mut().managed_fields = None;
+        let (namespace, name) = key(&object);
+        let version = version(&object);
+        let object = Arc::new(object);
+        let _order = self.0.order.lock().expect(POISONED);
+        let old = {
+            let mut state = self.0.state.write().expect(POISONED);
+            if object.meta().uid.as_ref().is_some_and(|uid| state.gone.contains(uid)) {
+                return;
+            }
+            let epoch = state.epoch;
+            let entry = Entry { object: object.clone(), version, unconfirmed: own.then_some(epoch) };
+            let objects = state.namespaces.entry(namespace).or_default();
+            match objects.get_mut(&name) {
+                Some(known) if known.version != 0 && version != 0 && version <= known.version => {
+                    // Already here, or older than our own write.
+                    if !own && version == known.version {
+                        known.unconfirmed = None;
+                    }
+                    return;
+                }
+                Some(known) => Some(std::mem::replace(known, entry).object),
+                None => {
+                    objects.insert(name, entry);
+                    None
+                }
+            }
+        };
+        if !tell {
+            return;
+        }
+        // A recreated object is two changes.
+        match &old {
+            Some(before) if before.meta().uid != object.meta().uid => {
+                self.notify(Some(before), None);
+                self.notify(None, Some(&object));
+            }
+            _ => self.notify(old.as_ref(), Some(&object)),
+        }
+    }
+
+    fn remove(&self, object: &K) {
+        let (namespace, name) = key(object);
+        let _order = self.0.order.lock().expect(POISONED);
+        let old = {
+            let mut state = self.0.state.write().expect(POISONED);
+            if let Some(uid) = &object.meta().uid {
+                state.gone.remove(uid);
+            }
+            take(&mut state, &namespace, &name, object.meta().uid.as_deref())
+        };
+        if let Some(old) = old {
+            self.notify(Some(&old), None);
+        }
+    }
+
+    /// Makes the cache equal to a complete list, except for writes of this process that the list may be too old to have.
+    fn replace(&self, objects: Vec<K>) {
+        let listed: HashSet<(String, String)> = objects.iter().map(key).collect();
+        let missing: Vec<Arc<K>> = {
+            let mut state = self.0.state.write().expect(POISONED);
+            state.gone.clear();
+            let epoch = state.epoch;
+            let missing = state.namespaces.iter().flat_map(|(namespace, objects)| {
+                let listed = &listed;
+                objects.iter().filter_map(move |(name, entry)| {
+                    let kept = listed.contains(&(namespace.clone(), name.clone())) || entry.unconfirmed == Some(epoch);
+                    (!kept).then(|| entry.object.clone())
+                })
+            });
+            missing.collect()
+        };
+        for object in missing {
+            self.remove(&object);
+        }
+        for object in objects {
+            self.store(object, false);
+        }
+        self.0.synced.send_replace(true);
+    }
+
+    /// Waits until the first complete list has arrived.
+    pub async fn synced(&self) {
+        // The sender lives as long as self.
+        let _ = self.0.synced.subscribe().wait_for(|synced| *synced).await;
+    }
+
+    fn is_needed(&self) -> bool {
+        self.0.needed.load(Ordering::Relaxed)
+    }
+
+    /// Fills the cache until `shutdown`. Errors are retried with the watcher's backoff.
+    async fn run(self, api: Api<K>, config: watcher::Config, shutdown: CancellationToken) {
+        let stream = watcher(api, config).default_backoff();
+        futures::pin_mut!(stream);
+        let mut listing: Vec<K> = Vec::new();
+        loop {
+            let event = tokio::select! {
+                () = shutdown.cancelled() => return,
+                event = stream.next() => event,
+            };
+            match event {
+                None => return,
+                Some(Ok(Event::Init)) => {
+                    listing.clear();
+                    self.0.state.write().expect(POISONED).epoch += 1;
+                }
+                Some(Ok(Event::InitApply(mut object))) => {
+                    object.meta_mut().managed_fields = None;
+                    listing.push(object);
+                }
+                Some(Ok(Event::InitDone)) => self.replace(std::mem::take(&mut listing)),
+                Some(Ok(Event::Apply(object))) => self.store(object, false),
+                Some(Ok(Event::Delete(object))) => self.remove(&object),
+                Some(Err(error)) => {
+                    tracing::warn!(kind = K::kind(&()).as_ref(), error = &error as &dyn std::error::Error, "watch interrupted");
+                }
+            }
+        }
+    }
+}
+
+fn key<K: Resource>(object: &K) -> (String, String) {
+    let meta = object.meta();
+    (meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default())
+}
+
+fn version<K: Resource>(object: &K) -> u64 {
+    object.meta().resource_version.as_deref().and_then(|v| v.parse().ok()).unwrap_or(0)
+}
+
+fn take<K: Resource>(state: &mut State<K>, namespace: &str, name: &str, uid: Option<&str>) -> Option<Arc<K>> {
+    let objects = state.namespaces.get_mut(namespace)?;
+    if uid.is_some() && objects.get(name)?.object.meta().uid.as_deref() != uid {
+        return None;
+    }
+    let entry = objects.remove(name)?;
+    if objects.is_empty() {
+        state.namespaces.remove(namespace);
+    }
+    Some(entry.object)
+}
+
+/// The caches that the controllers of one process share. Only those that a controller has asked for are filled.
+#[derive(Clone, Default)]
+#[allow(missing_docs)]
+pub struct Caches {
+    pub pods: Informer<Pod>,
+    pub services: Informer<Service>,
+    pub slices: Informer<EndpointSlice>,
+    pub endpoints: Informer<Endpoints>,
+    pub nodes: Informer<Node>,
+    pub namespaces: Informer<Namespace>,
+    pub service_accounts: Informer<ServiceAccount>,
+    /// Only the ConfigMaps with the cluster's root certificate.
+    pub root_cas: Informer<ConfigMap>,
+    pub deployments: Informer<Deployment>,
+    pub replica_sets: Informer<ReplicaSet>,
+    pub stateful_sets: Informer<StatefulSet>,
+    pub daemon_sets: Informer<DaemonSet>,
+    pub jobs: Informer<Job>,
+    pub revisions: Informer<ControllerRevision>,
+    /// Only the heartbeats of nodes, in namespace kube-node-lease.
+    pub node_leases: Informer<Lease>,
+}
+
+/// Name of the ConfigMap with the cluster's root certificate.
+pub const ROOT_CA: &str = "kube-root-ca.crt";
+
+impl Caches {
+    /// Starts filling what is needed and waits until everything has been listed once.
+    pub async fn start(&self, client: &Client, shutdown: &CancellationToken) {
+        let mut syncs: Vec<futures::future::BoxFuture<'_, ()>> = Vec::new();
+        macro_rules! start {
+            ($field:ident, $api:expr, $config:expr) => {
+                if self.$field.is_needed() {
+                    tokio::spawn(self.$field.clone().run($api, $config, shutdown.clone()));
+                    syncs.push(Box::pin(self.$field.synced()));
+                }
+            };
+            ($($field:ident),*) => { $(start!($field, Api::all(client.clone()), watcher::Config::default());)* };
+        }
+        start!(
+            pods, services, slices, endpoints, nodes, namespaces, service_accounts, deployments, replica_sets, stateful_sets,
+            daemon_sets, jobs, revisions
+        );
+        let only_root_cas = watcher::Config::default().fields(&format!("metadata.name={ROOT_CA}"));
+        start!(root_cas, Api::all(client.clone()), only_root_cas);
+        start!(node_leases, Api::namespaced(client.clone(), "kube-node-lease"), watcher::Config::default());
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            _ = futures::future::join_all(syncs) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+    fn map(name: &str, uid: &str, version: &str) -> ConfigMap {
+        ConfigMap {
+            metadata: ObjectMeta {
+                name: Some(name.into()),
+                namespace: Some("ns".into()),
+                uid: Some(uid.into()),
+                resource_version: Some(version.into()),
+                ..Default::default()
+            },
+            ..Default::default()
+        }
+    }
+
+    fn seen(cache: &Informer<ConfigMap>) -> Vec<String> {
+        cache.list("ns").iter().filter_map(|o| o.metadata.resource_version.clone()).collect()
+    }
+
+    #[test]
+    fn an_old_event_does_not_undo_a_write() {
+        let cache = Informer::<ConfigMap>::new();
+        cache.store(map("a", "u", "5"), false);
+        cache.wrote(map("a", "u", "9"));
+        cache.store(map("a", "u", "7"), false);
+        assert_eq!(seen(&cache), ["9"]);
+        cache.store(map("a", "u", "10"), false);
+        assert_eq!(seen(&cache), ["10"], "versions compare as numbers");
+    }
+
+    #[test]
+    fn a_deleted_object_does_not_come_back_with_a_late_event() {
+        let cache = Informer::<ConfigMap>::new();
+        cache.store(map("a", "u", "5"), false);
+        cache.deleted(&map("a", "u", "5"));
+        cache.store(map("a", "u", "6"), false);
+        assert!(seen(&cache).is_empty());
+        cache.remove(&map("a", "u", "7"));
+        cache.store(map("a", "v", "8"), false);
+        assert_eq!(seen(&cache), ["8"], "another object of the same name may come");
+    }
+
+    #[test]
+    fn a_relist_keeps_writes_made_since_it_began() {
+        let cache = Informer::<ConfigMap>::new();
+        cache.wrote(map("old", "u", "5"));
+        cache.0.state.write().unwrap().epoch += 1;
+        cache.wrote(map("new", "v", "6"));
+        cache.replace(vec![map("listed", "w", "4")]);
+        assert_eq!(seen(&cache), ["4", "6"]);
+    }
+
+    #[test]
+    fn handlers_see_a_recreated_object_as_two_changes() {
+        let cache = Informer::<ConfigMap>::new();
+        let changes = Arc::new(Mutex::new(Vec::new()));
+        let log = changes.clone();
+        cache.on_change(move |old, new| log.lock().unwrap().push((old.is_some(), new.is_some())));
+        cache.store(map("a", "u", "1"), false);
+        cache.store(map("a", "v", "2"), false);
+        cache.store(map("a", "v", "2"), false);
+        assert_eq!(*changes.lock().unwrap(), [(false, true), (true, false), (false, true)]);
+    }
+}

@@ -1,0 +1,408 @@
+//! Shell of the three endpoint controllers: EndpointSlices and Endpoints of Services with a selector, and the mirror of
+//! hand-written Endpoints. What to write is decided in `portolan_plan::slices`.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, RwLock};
+
+use anyhow::Context as _;
+use k8s_openapi::api::core::v1::{Endpoints, Pod, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::Api;
+use kube::api::{DeleteParams, PostParams, Preconditions};
+use portolan_client::{EventRecorder, EventType};
+use portolan_plan::slices::{self, Changes, Family, NodeFacts, PodFacts, Topology, TriggerTimes, endpoints as legacy, mirror};
+
+use crate::Context;
+use crate::cache::Caches;
+use crate::queue::{Key, Next, Queue, Waiting};
+use crate::util::{already_exists, is_conflict, is_namespace_terminating, is_not_found, message, reference};
+
+/// Syncs of different Services at a time (`--concurrent-service-endpoint-syncs`).
+const WORKERS: usize = 5;
+
+/// Which of the three run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Which {
+    pub slices: bool,
+    pub legacy: bool,
+    pub mirroring: bool,
+    pub max_per_slice: usize,
+}
+
+struct Shared {
+    context: Context,
+    which: Which,
+    slice_queue: Queue<Key>,
+    legacy_queue: Queue<Key>,
+    mirror_queue: Queue<Key>,
+    topology: RwLock<Arc<Topology>>,
+    /// Services that await a node.
+    awaiting: Mutex<HashMap<String, HashSet<Key>>>,
+    slice_triggers: Mutex<HashMap<Key, TriggerTimes>>,
+    legacy_triggers: Mutex<HashMap<Key, TriggerTimes>>,
+    /// Families with proportional hints, by Service.
+    hinted: Mutex<HashMap<Key, Vec<Family>>>,
+}
+
+const POISONED: &str = "no endpoint controller panics while it holds a lock";
+
+impl Shared {
+    fn caches(&self) -> &Caches {
+        &self.context.caches
+    }
+
+    fn enqueue(&self, key: Key) {
+        if self.which.slices {
+            self.slice_queue.add(key.clone());
+        }
+        if self.which.legacy {
+            self.legacy_queue.add(key);
+        }
+    }
+
+    fn pod_changed(&self, old: Option<&Arc<Pod>>, new: Option<&Arc<Pod>>) {
+        if let (Some(old), Some(new)) = (old, new)
+            && PodFacts::of(old) == PodFacts::of(new)
+        {
+            return;
+        }
+        let Some(namespace) = old.or(new).and_then(|p| p.metadata.namespace.clone()) else { return };
+        for service in self.caches().services.list(&namespace) {
+            let hit = |pod: Option<&Arc<Pod>>| pod.is_some_and(|p| slices::selects(&service, p.metadata.labels.as_ref()));
+            if hit(old) || hit(new) {
+                self.enqueue(Key::of(&*service));
+            }
+        }
+    }
+
+    fn node_changed(&self, name: &str, facts: Option<NodeFacts>) {
+        let before = {
+            let mut topology = self.topology.write().expect(POISONED);
+            if topology.nodes.get(name) == facts.as_ref() {
+                return;
+            }
+            let nodes = &mut Arc::make_mut(&mut topology).nodes;
+            match facts.clone() {
+                Some(facts) => nodes.insert(name.to_string(), facts),
+                None => nodes.remove(name),
+            }
+        };
+        let waiting = self.awaiting.lock().expect(POISONED).remove(name).unwrap_or_default();
+        for key in waiting {
+            self.slice_queue.add(key);
+        }
+        // Zones show in endpoints; nodes that leave take their endpoints along. Upstream waits for another reason to sync.
+        let zone = |facts: Option<&NodeFacts>| facts.map(|f| f.zone.clone());
+        if before.is_some() && zone(before.as_ref()) != zone(facts.as_ref()) {
+            let on_node = |pod: &Arc<Pod>| pod.spec.as_ref().and_then(|s| s.node_name.as_deref()) == Some(name);
+            for pod in self.caches().pods.all().iter().filter(|p| on_node(p)) {
+                self.pod_changed(None, Some(pod));
+            }
+        }
+        // Proportional hints depend on all nodes.
+        let hinted: Vec<Key> = self.hinted.lock().expect(POISONED).keys().cloned().collect();
+        for key in hinted {
+            self.slice_queue.add(key);
+        }
+    }
+}
+
+/// Registers with the caches and returns the future that works.
+pub(crate) fn start(context: Context, which: Which) -> impl Future<Output = ()> + Send + 'static {
+    let shared = Arc::new(Shared {
+        context,
+        which,
+        slice_queue: Queue::new("endpointslice"),
+        legacy_queue: Queue::new("endpoints"),
+        mirror_queue: Queue::new("endpointslicemirroring"),
+        topology: RwLock::new(Arc::default()),
+        awaiting: Mutex::default(),
+        slice_triggers: Mutex::default(),
+        legacy_triggers: Mutex::default(),
+        hinted: Mutex::default(),
+    });
+    let caches = shared.caches().clone();
+    let on = shared.clone();
+    caches.services.on_change(move |old, new| {
+        let Some(service) = new.or(old) else { return };
+        let key = Key::of(&**service);
+        on.enqueue(key.clone());
+        if on.which.mirroring {
+            on.mirror_queue.add(key);
+        }
+    });
+    if which.slices || which.legacy {
+        let on = shared.clone();
+        caches.pods.on_change(move |old, new| on.pod_changed(old, new));
+    }
+    if which.slices || which.mirroring {
+        let on = shared.clone();
+        caches.slices.on_change(move |old, new| {
+            for slice in [old, new].into_iter().flatten() {
+                let labels = slice.metadata.labels.as_ref();
+                let (Some(service), Some(namespace)) =
+                    (labels.and_then(|l| l.get(slices::SERVICE_NAME)), slice.metadata.namespace.as_ref())
+                else {
+                    continue;
+                };
+                let key = Key::new(namespace, service);
+                match labels.and_then(|l| l.get(slices::MANAGED_BY)).map(String::as_str) {
+                    Some(slices::SLICE_CONTROLLER) if on.which.slices => on.slice_queue.add(key),
+                    Some(slices::MIRROR_CONTROLLER) if on.which.mirroring => on.mirror_queue.add(key),
+                    _ => {}
+                }
+            }
+        });
+    }
+    if which.slices {
+        let on = shared.clone();
+        caches.nodes.on_change(move |old, new| {
+            let Some(name) = new.or(old).and_then(|n| n.metadata.name.clone()) else { return };
+            on.node_changed(&name, new.map(|n| NodeFacts::of(n)));
+        });
+    }
+    if which.legacy || which.mirroring {
+        let on = shared.clone();
+        caches.endpoints.on_change(move |old, new| {
+            let Some(endpoints) = new.or(old) else { return };
+            let key = Key::of(&**endpoints);
+            if on.which.mirroring {
+                on.mirror_queue.add(key.clone());
+            }
+            // Hand edits of managed Endpoints are put back, deleted ones made again; orphans are found at start, when everything
+            // is new. Endpoints that a person wrote before their Service are left alone.
+            let managed = endpoints.metadata.labels.as_ref().is_some_and(|l| l.contains_key(legacy::MANAGED_BY));
+            if on.which.legacy && (managed || new.is_none()) {
+                on.legacy_queue.add(key);
+            }
+        });
+    }
+    run(shared)
+}
+
+async fn run(shared: Arc<Shared>) {
+    let context = &shared.context;
+    let slice_events = context.recorder("endpoint-slice-controller");
+    let legacy_events = context.recorder("endpoint-controller");
+    let mirror_events = context.recorder("endpoint-slice-mirroring-controller");
+    let stop = || context.shutdown.clone();
+    let slices = {
+        let (shared, events) = (shared.clone(), slice_events);
+        shared.clone().slice_queue.clone().run_workers(stop(), move |key| sync_slices(shared.clone(), events.clone(), key))
+    };
+    let legacy = {
+        let (shared, events) = (shared.clone(), legacy_events);
+        shared.clone().legacy_queue.clone().run_workers(stop(), move |key| sync_legacy(shared.clone(), events.clone(), key))
+    };
+    let mirror = {
+        let (shared, events) = (shared.clone(), mirror_events);
+        shared.clone().mirror_queue.clone().run_workers(stop(), move |key| sync_mirror(shared.clone(), events.clone(), key))
+    };
+    tokio::join!(slices, legacy, mirror);
+}
+
+impl Queue<Key> {
+    async fn run_workers<F, Fut>(self, stop: tokio_util::sync::CancellationToken, sync: F)
+    where
+        F: Fn(Key) -> Fut + Clone + Send + 'static,
+        Fut: Future<Output = anyhow::Result<Next>> + Send,
+    {
+        self.work(WORKERS, stop, sync).await;
+    }
+}
+
+fn managed(caches: &Caches, key: &Key, by: &str) -> Vec<Arc<EndpointSlice>> {
+    let mut slices = caches.slices.list(&key.namespace);
+    slices.retain(|slice| {
+        let labels = slice.metadata.labels.as_ref();
+        labels.and_then(|l| l.get(slices::SERVICE_NAME)) == Some(&key.name)
+            && labels.and_then(|l| l.get(slices::MANAGED_BY)).is_some_and(|v| v == by)
+    });
+    slices
+}
+
+fn observe(
+    triggers: &Mutex<HashMap<Key, TriggerTimes>>,
+    key: &Key,
+    service: &Service,
+    pods: &[Arc<Pod>],
+) -> Option<String> {
+    let selected: Vec<&Arc<Pod>> = pods.iter().filter(|p| slices::selects(service, p.metadata.labels.as_ref())).collect();
+    let mut triggers = triggers.lock().expect(POISONED);
+    triggers.entry(key.clone()).or_default().observe(service, &selected).map(|at| at.to_string())
+}
+
+async fn sync_slices(shared: Arc<Shared>, events: EventRecorder, key: Key) -> anyhow::Result<Next> {
+    let caches = shared.caches();
+    let existing = managed(caches, &key, slices::SLICE_CONTROLLER);
+    let Some(service) = caches.services.get(&key.namespace, &key.name) else {
+        // The garbage collector removes the slices with their owner.
+        shared.slice_triggers.lock().expect(POISONED).remove(&key);
+        shared.hinted.lock().expect(POISONED).remove(&key);
+        return Ok(Next::Wait);
+    };
+    if !slices::has_selected_endpoints(&service) {
+        // Without a selector the slices stay (people freeze endpoints that way) until the mirror of the Endpoints says the same:
+        // both together would keep stale endpoints alive.
+        if slices::selector(&service).is_none() && !managed(caches, &key, slices::MIRROR_CONTROLLER).is_empty() {
+            let changes = Changes { delete: existing, ..Default::default() };
+            apply(&shared, &key, changes).await?;
+        }
+        return Ok(Next::Wait);
+    }
+    let pods = caches.pods.list(&key.namespace);
+    let topology = shared.topology.read().expect(POISONED).clone();
+    let hinted = shared.hinted.lock().expect(POISONED).get(&key).cloned().unwrap_or_default();
+    let trigger_time = observe(&shared.slice_triggers, &key, &service, &pods);
+    let mut changes = slices::reconcile(&slices::Input {
+        service: &service,
+        pods: &pods,
+        topology: &topology,
+        existing: &existing,
+        trigger_time,
+        max_per_slice: shared.which.max_per_slice,
+        hinted: &hinted,
+    });
+    for (warning, reason, text) in changes.events.drain(..) {
+        let kind = if warning { EventType::Warning } else { EventType::Normal };
+        events.event(&reference(&*service), kind, reason, text);
+    }
+    {
+        let mut hinted = shared.hinted.lock().expect(POISONED);
+        // Services whose hints are asked for but withheld also wait for the nodes to change.
+        match slices::hints::is_proportional(&service) {
+            true => hinted.insert(key.clone(), std::mem::take(&mut changes.hinted)),
+            false => hinted.remove(&key),
+        };
+    }
+    let waiting = std::mem::take(&mut changes.waiting);
+    {
+        let mut awaiting = shared.awaiting.lock().expect(POISONED);
+        for (_, node) in &waiting {
+            awaiting.entry(node.clone()).or_default().insert(key.clone());
+        }
+    }
+    if let Err(error) = apply(&shared, &key, changes).await {
+        if !is_conflict(&error) && !is_not_found(&error) {
+            let text = format!("Error updating Endpoint Slices for Service {}/{}: {}", key.namespace, key.name, message(&error));
+            events.event(&reference(&*service), EventType::Warning, "FailedToUpdateEndpointSlices", text);
+        }
+        return Err(error).context("cannot write endpoint slices");
+    }
+    match waiting.first() {
+        Some((pod, node)) => Err(Waiting(format!("pod {pod} is on unknown node {node:?}")).into()),
+        None => Ok(Next::Wait),
+    }
+}
+
+/// Creates, updates, then deletes, so that an endpoint that moves is rather seen twice than not at all.
+async fn apply(shared: &Shared, key: &Key, changes: Changes) -> Result<(), kube::Error> {
+    let cache = &shared.caches().slices;
+    let api: Api<EndpointSlice> = Api::namespaced(shared.context.client.clone(), &key.namespace);
+    for slice in changes.create {
+        match api.create(&PostParams::default(), &slice).await {
+            Ok(written) => cache.wrote_quietly(written),
+            Err(error) if is_namespace_terminating(&error) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+    for slice in changes.update {
+        let written = api.replace(slice.metadata.name.as_deref().unwrap_or_default(), &PostParams::default(), &slice).await;
+        match written {
+            Ok(written) => cache.wrote_quietly(written),
+            Err(error) => {
+                if is_not_found(&error) {
+                    cache.deleted(&slice);
+                }
+                return Err(error);
+            }
+        }
+    }
+    for slice in changes.delete {
+        let preconditions = Preconditions { uid: slice.metadata.uid.clone(), ..Default::default() };
+        let params = DeleteParams::default().preconditions(preconditions);
+        match api.delete(slice.metadata.name.as_deref().unwrap_or_default(), &params).await {
+            Ok(_) => cache.deleted(&slice),
+            Err(error) if is_not_found(&error) => cache.deleted(&slice),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+async fn sync_legacy(shared: Arc<Shared>, events: EventRecorder, key: Key) -> anyhow::Result<Next> {
+    let caches = shared.caches();
+    let api: Api<Endpoints> = Api::namespaced(shared.context.client.clone(), &key.namespace);
+    let existing = caches.endpoints.get(&key.namespace, &key.name);
+    let Some(service) = caches.services.get(&key.namespace, &key.name) else {
+        shared.legacy_triggers.lock().expect(POISONED).remove(&key);
+        // Endpoints of a Service that is gone go too, whoever wrote them; leader election locks are nobody's endpoints.
+        if let Some(orphan) = existing
+            && orphan.metadata.annotations.as_ref().is_none_or(|a| !a.contains_key(mirror::LEADER))
+        {
+            match api.delete(&key.name, &DeleteParams::default()).await {
+                Ok(_) => caches.endpoints.deleted(&orphan),
+                Err(error) if is_not_found(&error) => caches.endpoints.deleted(&orphan),
+                Err(error) => return Err(error).context("cannot delete endpoints"),
+            }
+        }
+        return Ok(Next::Wait);
+    };
+    if !slices::has_selected_endpoints(&service) || service.metadata.deletion_timestamp.is_some() {
+        return Ok(Next::Wait);
+    }
+    let pods = caches.pods.list(&key.namespace);
+    let trigger_time = observe(&shared.legacy_triggers, &key, &service, &pods);
+    let Some(wanted) = legacy::reconcile(&service, &pods, existing.as_deref(), trigger_time.as_deref()) else {
+        return Ok(Next::Wait);
+    };
+    let written = match &existing {
+        None => api.create(&PostParams::default(), &wanted).await,
+        Some(_) => api.replace(&key.name, &PostParams::default(), &wanted).await,
+    };
+    match written {
+        Ok(written) => caches.endpoints.wrote(written),
+        Err(error) if is_namespace_terminating(&error) => {}
+        Err(error) => {
+            if is_not_found(&error)
+                && let Some(existing) = &existing
+            {
+                caches.endpoints.deleted(existing);
+            } else if !is_conflict(&error) && !already_exists(&error) {
+                let (reason, verb) = match existing {
+                    None => ("FailedToCreateEndpoint", "create"),
+                    Some(_) => ("FailedToUpdateEndpoint", "update"),
+                };
+                let text = format!("Failed to {verb} endpoint for service {}/{}: {}", key.namespace, key.name, message(&error));
+                events.event(&reference(&wanted), EventType::Warning, reason, text);
+            }
+            return Err(error).context("cannot write endpoints");
+        }
+    }
+    Ok(Next::Wait)
+}
+
+async fn sync_mirror(shared: Arc<Shared>, events: EventRecorder, key: Key) -> anyhow::Result<Next> {
+    let caches = shared.caches();
+    let existing = managed(caches, &key, slices::MIRROR_CONTROLLER);
+    let endpoints = caches.endpoints.get(&key.namespace, &key.name);
+    let service = caches.services.get(&key.namespace, &key.name);
+    let mut changes = match &endpoints {
+        Some(endpoints) if mirror::wanted(endpoints, service.as_deref()) => {
+            mirror::reconcile(endpoints, &existing, shared.which.max_per_slice)
+        }
+        _ => Changes { delete: existing, ..Default::default() },
+    };
+    if let Some(endpoints) = &endpoints {
+        for (warning, reason, text) in changes.events.drain(..) {
+            let kind = if warning { EventType::Warning } else { EventType::Normal };
+            events.event(&reference(&**endpoints), kind, reason, text);
+        }
+    }
+    apply(&shared, &key, changes).await.context("cannot write mirrored endpoint slices")?;
+    // Slices left by a removed selector may go now.
+    if shared.which.slices && service.is_some_and(|s| slices::selector(&s).is_none()) {
+        shared.slice_queue.add(key);
+    }
+    Ok(Next::Wait)
+}

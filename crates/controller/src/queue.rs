@@ -1,0 +1,243 @@
+//! Work queues: a key is worked on by one worker at a time, waits once however often it is added, and is retried with backoff.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fmt::Debug;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+/// What a worker's round ended with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Nothing to do until something changes.
+    Wait,
+    /// Look again after this long even if nothing changes.
+    After(Duration),
+}
+
+/// The namespace and name of an object.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    /// Empty for cluster-scoped objects.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+}
+
+impl Key {
+    /// Of a namespace and a name.
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Key {
+        Key { namespace: namespace.into(), name: name.into() }
+    }
+
+    /// Of an object.
+    pub fn of<K: kube::Resource>(object: &K) -> Key {
+        let meta = object.meta();
+        Key::new(meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default())
+    }
+}
+
+struct State<K> {
+    waiting: VecDeque<K>,
+    /// In `waiting`, or to be put there when its worker is done.
+    dirty: HashSet<K>,
+    working: HashSet<K>,
+    delayed: HashMap<K, Instant>,
+    failures: HashMap<K, u32>,
+}
+
+struct Inner<K> {
+    name: &'static str,
+    state: Mutex<State<K>>,
+    notify: Notify,
+}
+
+/// A queue of keys. Cloning shares it.
+pub struct Queue<K>(Arc<Inner<K>>);
+
+impl<K> Clone for Queue<K> {
+    fn clone(&self) -> Self {
+        Queue(self.0.clone())
+    }
+}
+
+/// The first retry; doubled each time (client-go's workqueue).
+const FIRST_RETRY: Duration = Duration::from_millis(5);
+/// The longest pause between retries.
+const LAST_RETRY: Duration = Duration::from_secs(60);
+
+const POISONED: &str = "no worker panics while it holds the queue lock";
+
+impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
+    /// An empty queue; `name` is for the log.
+    pub fn new(name: &'static str) -> Queue<K> {
+        Queue(Arc::new(Inner {
+            name,
+            state: Mutex::new(State {
+                waiting: VecDeque::new(),
+                dirty: HashSet::new(),
+                working: HashSet::new(),
+                delayed: HashMap::new(),
+                failures: HashMap::new(),
+            }),
+            notify: Notify::new(),
+        }))
+    }
+
+    /// Has the key worked on soon.
+    pub fn add(&self, key: K) {
+        let mut state = self.0.state.lock().expect(POISONED);
+        if !state.dirty.insert(key.clone()) {
+            return;
+        }
+        if !state.working.contains(&key) {
+            state.waiting.push_back(key);
+            drop(state);
+            self.0.notify.notify_one();
+        }
+    }
+
+    /// Has the key worked on after a pause, unless that happens earlier by a call of the same kind.
+    pub fn add_after(&self, key: K, pause: Duration) {
+        let due = Instant::now() + pause;
+        {
+            let mut state = self.0.state.lock().expect(POISONED);
+            if state.delayed.get(&key).is_some_and(|known| *known <= due) {
+                return;
+            }
+            state.delayed.insert(key.clone(), due);
+        }
+        let queue = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep_until(due.into()).await;
+            {
+                let mut state = queue.0.state.lock().expect(POISONED);
+                if state.delayed.get(&key) != Some(&due) {
+                    return; // An earlier call took its place.
+                }
+                state.delayed.remove(&key);
+            }
+            queue.add(key);
+        });
+    }
+
+    fn next(&self) -> Option<K> {
+        let mut state = self.0.state.lock().expect(POISONED);
+        let key = state.waiting.pop_front()?;
+        state.dirty.remove(&key);
+        state.working.insert(key.clone());
+        Some(key)
+    }
+
+    fn done(&self, key: K, result: anyhow::Result<Next>) {
+        let after = {
+            let mut state = self.0.state.lock().expect(POISONED);
+            state.working.remove(&key);
+            if state.dirty.contains(&key) {
+                state.waiting.push_back(key.clone());
+                self.0.notify.notify_one();
+            }
+            match result {
+                Ok(next) => {
+                    state.failures.remove(&key);
+                    match next {
+                        Next::Wait => None,
+                        Next::After(pause) => Some(pause),
+                    }
+                }
+                Err(error) => {
+                    let failures = state.failures.entry(key.clone()).or_default();
+                    *failures += 1;
+                    let pause = backoff(*failures);
+                    if is_transient(&error) {
+                        tracing::debug!(queue = self.0.name, ?key, "will retry: {error:#}");
+                    } else {
+                        tracing::warn!(queue = self.0.name, ?key, failures = *failures, "sync failed, will retry: {error:#}");
+                    }
+                    Some(pause)
+                }
+            }
+        };
+        if let Some(pause) = after {
+            self.add_after(key, pause);
+        }
+    }
+
+    /// Runs `workers` workers until `shutdown`.
+    pub async fn work<F, Fut>(&self, workers: usize, shutdown: CancellationToken, sync: F)
+    where
+        F: Fn(K) -> Fut + Clone + Send + 'static,
+        Fut: Future<Output = anyhow::Result<Next>> + Send,
+    {
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..workers {
+            let (queue, shutdown, sync) = (self.clone(), shutdown.clone(), sync.clone());
+            tasks.spawn(async move {
+                loop {
+                    // Registered before looking, so that no notification is missed.
+                    let notified = queue.0.notify.notified();
+                    let Some(key) = queue.next() else {
+                        tokio::select! {
+                            () = shutdown.cancelled() => return,
+                            () = notified => continue,
+                        }
+                    };
+                    if shutdown.is_cancelled() {
+                        return;
+                    }
+                    let result = sync(key.clone()).await;
+                    queue.done(key, result);
+                }
+            });
+        }
+        while tasks.join_next().await.is_some() {}
+    }
+}
+
+fn backoff(failures: u32) -> Duration {
+    let doubled = FIRST_RETRY.saturating_mul(1u32.checked_shl(failures.saturating_sub(1)).unwrap_or(u32::MAX));
+    doubled.min(LAST_RETRY)
+}
+
+/// Conflicts and vanished objects are part of normal operation: someone else was faster.
+fn is_transient(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| match cause.downcast_ref::<kube::Error>() {
+        Some(kube::Error::Api(status)) => status.code == 409 || status.code == 404,
+        _ => cause.is::<Waiting>(),
+    })
+}
+
+/// A sync that has to wait for something that will come by itself.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Waiting(pub String);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_added_while_worked_on_comes_again_once() {
+        let queue: Queue<&str> = Queue::new("test");
+        queue.add("a");
+        queue.add("a");
+        assert_eq!(queue.next(), Some("a"));
+        queue.add("a");
+        queue.add("a");
+        assert_eq!(queue.next(), None, "one worker at a time");
+        queue.done("a", Ok(Next::Wait));
+        assert_eq!(queue.next(), Some("a"));
+        queue.done("a", Ok(Next::Wait));
+        assert_eq!(queue.next(), None);
+    }
+
+    #[test]
+    fn pauses_double_up_to_a_minute() {
+        assert_eq!(backoff(1), Duration::from_millis(5));
+        assert_eq!(backoff(4), Duration::from_millis(40));
+        assert_eq!(backoff(40), LAST_RETRY);
+    }
+}
