@@ -132,6 +132,8 @@ pub struct CompiledService {
     pub external: Backends,
     /// For external frontends and traffic from this node and its pods, which no policy narrows (services.md 3.3).
     pub short_circuit: Backends,
+    /// `internalTrafficPolicy`.
+    pub internal_policy: TrafficPolicy,
     /// `externalTrafficPolicy`; `Local` keeps the client's address.
     pub external_policy: TrafficPolicy,
     /// Who may use the load-balancer addresses; `None` for everybody.
@@ -303,17 +305,38 @@ impl Planner {
         for (frontend, claims) in &self.claims {
             let mut claims = claims.iter();
             let Some(winner) = claims.next() else { continue };
-            for loser in claims.filter(|c| c.target.service.service != winner.target.service.service) {
-                all.push(Finding {
-                    origin: self.origin_of(&loser.target.service),
-                    severity: Severity::Warning,
-                    reason: "AddressConflict".into(),
-                    message: format!("{frontend} belongs to the older Service {}", winner.target.service.service),
-                });
-            }
+            let losers = claims.filter(|c| c.target.service.service != winner.target.service.service);
+            all.extend(losers.map(|loser| self.conflict(frontend, loser, winner)));
         }
         all.sort();
         all
+    }
+
+    /// The findings about one Service.
+    pub fn findings_of(&self, key: &ObjectKey) -> Vec<Finding> {
+        let Some(placed) = self.placed.get(key) else { return Vec::new() };
+        let mut all = placed.findings.clone();
+        for (frontend, claim) in &placed.claims {
+            let winner = self.claims.get(frontend).and_then(BTreeSet::first);
+            if let Some(winner) = winner.filter(|w| w.target.service.service != *key) {
+                all.push(self.conflict(frontend, claim, winner));
+            }
+        }
+        all
+    }
+
+    /// The frontends that some Services claim.
+    pub fn frontends_of(&self, keys: &BTreeSet<ObjectKey>) -> BTreeSet<Frontend> {
+        keys.iter().filter_map(|k| self.placed.get(k)).flat_map(|p| p.claims.iter().map(|(f, _)| *f)).collect()
+    }
+
+    fn conflict(&self, frontend: &Frontend, loser: &Claim, winner: &Claim) -> Finding {
+        Finding {
+            origin: self.origin_of(&loser.target.service),
+            severity: Severity::Warning,
+            reason: "AddressConflict".into(),
+            message: format!("{frontend} belongs to the older Service {}", winner.target.service.service),
+        }
     }
 
     fn origin_of(&self, id: &ServicePortId) -> Origin {
@@ -433,6 +456,7 @@ fn compile_service(world: &World, node: &NodeView, key: &ObjectKey, spec: &Servi
                 internal: by_policy(spec.internal_policy),
                 external: by_policy(spec.external_policy),
                 short_circuit: short_circuit.clone(),
+                internal_policy: spec.internal_policy,
                 external_policy: spec.external_policy,
                 source_ranges: restricted.then(|| source_ranges(&ranges, spec, node, family)),
                 serving: selection.serving.into(),

@@ -1,0 +1,227 @@
+//! Removes UDP flows that point where no traffic should go, through conntrack's netlink interface.
+//!
+//! The rules decide about a flow's first packet only, so a client that keeps its port would stay with an endpoint that is
+//! gone. What has to go is decided from the current map alone (services.md 3.6), so that missed events and restarts heal.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::IpAddr;
+
+use portolan_linux::Netns;
+use portolan_nft::netlink::socket::Socket;
+use portolan_plan::service::{Frontend, FrontendAddr, ServiceMap};
+use portolan_plan::world::{IpFamily, L4};
+
+/// A tracked UDP flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Flow {
+    /// Client's address.
+    pub source: IpAddr,
+    /// Client's port.
+    pub source_port: u16,
+    /// What the client addressed.
+    pub destination: IpAddr,
+    /// Port that the client addressed.
+    pub destination_port: u16,
+    /// Where answers come from: the endpoint, when the flow was translated.
+    pub reply_source: IpAddr,
+    /// Port that answers come from.
+    pub reply_source_port: u16,
+}
+
+/// Which flows have to go: those to a UDP frontend whose answers come from anything but an endpoint that is ready or serving,
+/// and translated ones to a frontend that is no more (`removed`).
+pub fn stale(map: &ServiceMap, removed: &BTreeSet<Frontend>, flows: &[Flow]) -> Vec<Flow> {
+    let is_stale = |flow: &&Flow| {
+        let Ok(port) = flow.destination_port.try_into() else { return false };
+        let exact = Frontend { addr: FrontendAddr::Address(flow.destination), protocol: L4::Udp, port };
+        let node_port = Frontend { addr: FrontendAddr::NodePort(IpFamily::of(&flow.destination)), ..exact };
+        // Node ports only on addresses that carry them, or unrelated flows would be cut.
+        let on_node = map.node_port_addresses.contains(&flow.destination);
+        let target = map.frontends.get(&exact).or_else(|| on_node.then(|| map.frontends.get(&node_port)).flatten());
+        match target.and_then(|t| map.services.get(&t.service)) {
+            Some(service) => {
+                !service.serving.iter().any(|b| b.addr == flow.reply_source && b.port.get() == flow.reply_source_port)
+            }
+            None => {
+                let translated = (flow.reply_source, flow.reply_source_port) != (flow.destination, flow.destination_port);
+                translated && (removed.contains(&exact) || on_node && removed.contains(&node_port))
+            }
+        }
+    };
+    flows.iter().filter(is_stale).copied().collect()
+}
+
+const NFNL_SUBSYS_CTNETLINK: u16 = 1;
+const IPCTNL_MSG_CT_GET: u16 = 1;
+const IPCTNL_MSG_CT_DELETE: u16 = 2;
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_ACK: u16 = 4;
+const NLM_F_DUMP: u16 = 0x300;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const NLA_F_NESTED: u16 = 0x8000;
+/// A dump that is interrupted by changes is repeated this often before its partial result counts (services.md 3.6).
+const DUMP_TRIES: usize = 5;
+const NLM_F_DUMP_INTR: u16 = 0x10;
+
+/// The conntrack table of one network namespace.
+#[derive(Debug)]
+pub struct Conntrack {
+    socket: Socket,
+    sequence: u32,
+}
+
+impl Conntrack {
+    /// Opens a socket in a namespace.
+    pub fn open(netns: &Netns) -> io::Result<Conntrack> {
+        Ok(Conntrack { socket: netns.run(|| Socket::open(libc::NETLINK_NETFILTER))??, sequence: 0 })
+    }
+
+    /// All UDP flows of a family.
+    pub fn udp_flows(&mut self, family: IpFamily) -> io::Result<Vec<Flow>> {
+        let mut flows = Vec::new();
+        for _ in 0..DUMP_TRIES {
+            let (dumped, whole) = self.dump(family)?;
+            flows = dumped;
+            if whole {
+                break;
+            }
+        }
+        Ok(flows)
+    }
+
+    fn dump(&mut self, family: IpFamily) -> io::Result<(Vec<Flow>, bool)> {
+        self.sequence += 1;
+        self.socket.send(&message(IPCTNL_MSG_CT_GET, NLM_F_REQUEST | NLM_F_DUMP, self.sequence, family, &[]))?;
+        let mut flows = Vec::new();
+        let mut whole = true;
+        loop {
+            let buffer = self.socket.receive()?;
+            let mut rest = &buffer[..];
+            while let Some(header) = rest.get(..16) {
+                let len = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
+                let kind = u16::from_ne_bytes([header[4], header[5]]);
+                let flags = u16::from_ne_bytes([header[6], header[7]]);
+                let sequence = u32::from_ne_bytes([header[8], header[9], header[10], header[11]]);
+                let Some(body) = rest.get(16..len) else { break };
+                rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+                if sequence != self.sequence {
+                    continue;
+                }
+                whole &= flags & NLM_F_DUMP_INTR == 0;
+                match kind {
+                    NLMSG_DONE => return Ok((flows, whole)),
+                    NLMSG_ERROR => match error(body) {
+                        0 => return Ok((flows, whole)),
+                        code => return Err(io::Error::from_raw_os_error(code)),
+                    },
+                    _ => flows.extend(body.get(4..).and_then(parse_flow)),
+                }
+            }
+        }
+    }
+
+    /// Removes one flow; one that is gone already is no error.
+    pub fn delete(&mut self, flow: &Flow) -> io::Result<()> {
+        self.sequence += 1;
+        let family = IpFamily::of(&flow.destination);
+        let tuple = nest(1, &[addresses(flow), nest(2, &[attribute(1, &[17]), attribute(2, &flow.source_port.to_be_bytes()), attribute(3, &flow.destination_port.to_be_bytes())].concat())].concat());
+        self.socket.send(&message(IPCTNL_MSG_CT_DELETE, NLM_F_REQUEST | NLM_F_ACK, self.sequence, family, &tuple))?;
+        loop {
+            let buffer = self.socket.receive()?;
+            let sequence = buffer.get(8..12).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
+            if sequence != Some(self.sequence) {
+                continue;
+            }
+            return match error(buffer.get(16..).unwrap_or_default()) {
+                0 | libc::ENOENT => Ok(()),
+                code => Err(io::Error::from_raw_os_error(code)),
+            };
+        }
+    }
+}
+
+fn error(body: &[u8]) -> i32 {
+    body.get(..4).map_or(libc::EIO, |b| -i32::from_ne_bytes([b[0], b[1], b[2], b[3]]))
+}
+
+fn message(kind: u16, flags: u16, sequence: u32, family: IpFamily, attributes: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(20 + attributes.len());
+    bytes.extend_from_slice(&(20 + attributes.len() as u32).to_ne_bytes());
+    bytes.extend_from_slice(&(NFNL_SUBSYS_CTNETLINK << 8 | kind).to_ne_bytes());
+    bytes.extend_from_slice(&flags.to_ne_bytes());
+    bytes.extend_from_slice(&sequence.to_ne_bytes());
+    bytes.extend_from_slice(&[0; 4]);
+    let family = match family {
+        IpFamily::V4 => libc::AF_INET,
+        IpFamily::V6 => libc::AF_INET6,
+    };
+    bytes.extend_from_slice(&[family as u8, 0, 0, 0]);
+    bytes.extend_from_slice(attributes);
+    bytes
+}
+
+fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let mut bytes = ((value.len() + 4) as u16).to_ne_bytes().to_vec();
+    bytes.extend_from_slice(&kind.to_ne_bytes());
+    bytes.extend_from_slice(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
+fn nest(kind: u16, content: &[u8]) -> Vec<u8> {
+    attribute(kind | NLA_F_NESTED, content)
+}
+
+fn addresses(flow: &Flow) -> Vec<u8> {
+    let octets = |addr: IpAddr| match addr {
+        IpAddr::V4(a) => a.octets().to_vec(),
+        IpAddr::V6(a) => a.octets().to_vec(),
+    };
+    let (source, destination) = if flow.source.is_ipv4() { (1, 2) } else { (3, 4) };
+    nest(1, &[attribute(source, &octets(flow.source)), attribute(destination, &octets(flow.destination))].concat())
+}
+
+fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
+    let mut rest = bytes;
+    loop {
+        let header = rest.get(..4)?;
+        let len = usize::from(u16::from_ne_bytes([header[0], header[1]]));
+        let kind = u16::from_ne_bytes([header[2], header[3]]) & 0x3fff;
+        let value = rest.get(4..len)?;
+        if kind == wanted {
+            return Some(value);
+        }
+        rest = rest.get(len.next_multiple_of(4)..)?;
+    }
+}
+
+fn parse_flow(attributes: &[u8]) -> Option<Flow> {
+    let original = parse_tuple(find(attributes, 1)?)?;
+    let reply = parse_tuple(find(attributes, 2)?)?;
+    Some(Flow {
+        source: original.0,
+        source_port: original.1,
+        destination: original.2,
+        destination_port: original.3,
+        reply_source: reply.0,
+        reply_source_port: reply.1,
+    })
+}
+
+fn parse_tuple(tuple: &[u8]) -> Option<(IpAddr, u16, IpAddr, u16)> {
+    let ip = find(tuple, 1)?;
+    let proto = find(tuple, 2)?;
+    if find(proto, 1)? != [17] {
+        return None;
+    }
+    let addr = |v4: u16, v6: u16| -> Option<IpAddr> {
+        match find(ip, v4) {
+            Some(bytes) => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+            None => <[u8; 16]>::try_from(find(ip, v6)?).ok().map(IpAddr::from),
+        }
+    };
+    let port = |kind: u16| find(proto, kind).and_then(|b| <[u8; 2]>::try_from(b).ok()).map(u16::from_be_bytes);
+    Some((addr(1, 3)?, port(2)?, addr(2, 4)?, port(3)?))
+}

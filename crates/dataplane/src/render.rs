@@ -1,0 +1,728 @@
+//! Turns a compiled [`ServiceMap`] into transactions on the table of one family.
+//!
+//! The renderer remembers what it gave out in compact form, so that a change costs what the changed Services cost. It does no
+//! I/O: what the kernel holds at start is given to it as a value.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use portolan_nft::{Data, Element, Op, Table, Transaction, Value, Verdict};
+use portolan_plan::delta::Delta;
+use portolan_plan::endpoint::Backend;
+use portolan_plan::service::{Backends, CompiledService, Frontend, FrontendAddr, FrontendKind, ServiceMap, ServicePortId};
+use portolan_plan::world::{Affinity, IpFamily, NodeView, TrafficPolicy};
+
+use crate::affinity::Numbers;
+use crate::layout::{self, Masquerade, Pick, PickAffinity, SetId, Sets, Side, Space};
+
+/// Elements of one transaction: about a millisecond of the kernel's commit on the machines we know.
+const ELEMENTS_PER_COMMIT: usize = 4096;
+/// Unused pick chains are kept until there are this many; they cost little, and the next scaling may want them again.
+const SPARE_CHAINS: usize = 64;
+
+/// What a table holds, as read back from the kernel.
+#[derive(Clone, Debug, Default)]
+pub struct Existing {
+    /// Names of its chains; empty when there is no table.
+    pub chains: BTreeSet<String>,
+    /// Elements of its sets.
+    pub elements: HashMap<(SetId, Vec<Value>), Option<Data>>,
+}
+
+impl Existing {
+    /// Whether it was made by this version's layout, so that it can be kept and corrected.
+    pub fn is_ours(&self) -> bool {
+        self.chains.contains(layout::MARKER)
+    }
+}
+
+/// What leads to a whole map.
+#[derive(Clone, Debug)]
+pub struct Full {
+    /// To be committed in order.
+    pub transactions: Vec<Transaction>,
+    /// Deletes chains that are not used; may be refused without harm, see [`Renderer::sweep`].
+    pub unused: Transaction,
+}
+
+/// Renders one family.
+#[derive(Debug)]
+pub struct Renderer {
+    family: IpFamily,
+    table: Table,
+    sets: Sets,
+    frontends: BTreeMap<Frontend, Rendered>,
+    frontends_of: BTreeMap<ServicePortId, BTreeSet<Frontend>>,
+    shared: BTreeMap<ServicePortId, Shared>,
+    hairpin: BTreeMap<IpAddr, usize>,
+    numbers: Numbers,
+    uses: BTreeMap<Pick, usize>,
+}
+
+/// How a frontend was rendered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Rendered {
+    service: ServicePortId,
+    way: Way,
+    guard: Option<Arc<[IpNet]>>,
+    service_mark: Option<u32>,
+    inside: Slots,
+    outside: Slots,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Way {
+    Same(Step),
+    BySource { inside: Step, outside: Step },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Pick(Pick),
+    Reject,
+    Drop,
+}
+
+/// Endpoints by slot number, with their affinity numbers when there is affinity.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Slots {
+    backends: Vec<Backend>,
+    marks: Vec<u32>,
+}
+
+/// What the frontends of a Service port share.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Shared {
+    local_addrs: Arc<[IpAddr]>,
+    live: Vec<(Backend, u32)>,
+    live_local: Vec<(Backend, u32)>,
+}
+
+type Item = (SetId, Element);
+
+#[derive(Debug, Default)]
+struct Changes {
+    delete: Vec<Item>,
+    add: Vec<Item>,
+}
+
+impl Renderer {
+    /// A renderer that has given out nothing yet.
+    pub fn new(family: IpFamily) -> Renderer {
+        Renderer {
+            family,
+            table: layout::table(family),
+            sets: Sets::default(),
+            frontends: BTreeMap::new(),
+            frontends_of: BTreeMap::new(),
+            shared: BTreeMap::new(),
+            hairpin: BTreeMap::new(),
+            numbers: Numbers::default(),
+            uses: BTreeMap::new(),
+        }
+    }
+
+    /// The table that is rendered.
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// The sets of the table.
+    pub fn sets(&self) -> &Sets {
+        &self.sets
+    }
+
+    /// Transactions that lead from `existing` to `map`, whatever was given out before. Traffic that both treat alike is not
+    /// touched on the way: elements that are right stay, each frontend changes at once, and what is left over goes last. A
+    /// table of another layout is replaced in a single transaction.
+    pub fn full(&mut self, map: &ServiceMap, node: &NodeView, existing: Existing) -> Full {
+        *self = Renderer::new(self.family);
+        let keep = existing.is_ours();
+        let mut left = if keep { existing.elements } else { HashMap::new() };
+        if keep {
+            self.adopt_numbers(map, &left);
+        }
+
+        let mut first = Vec::new();
+        if !keep && !existing.chains.is_empty() {
+            first.push(Op::DeleteTable);
+        }
+        first.extend(layout::fixed_ops(node, self.family, &self.sets));
+        let mut batches: Vec<Changes> = Vec::new();
+        let against = |new: Vec<Item>, left: &mut HashMap<(SetId, Vec<Value>), Option<Data>>| {
+            let mut changes = Changes::default();
+            for (id, element) in new {
+                match left.remove(&(id, element.key.clone())) {
+                    Some(data) if data == element.data => {}
+                    Some(_) => {
+                        changes.delete.push((id, element.clone()));
+                        changes.add.push((id, element));
+                    }
+                    None => changes.add.push((id, element)),
+                }
+            }
+            changes
+        };
+
+        let ids: Vec<ServicePortId> = map.services.keys().filter(|id| id.family == self.family).cloned().collect();
+        for id in ids {
+            let service = map.services.get(&id);
+            self.share(&id, service);
+            batches.push(against(self.shared_items(&id), &mut left));
+        }
+        let family = self.family;
+        for (frontend, target) in map.frontends.iter().filter(|(f, _)| f.family() == family) {
+            let Some(service) = map.services.get(&target.service) else { continue };
+            let before = slots_in(frontend, &left);
+            let rendered = self.render(frontend, target.kind, &target.service, service, node, before.as_ref());
+            batches.push(against(items(frontend, &rendered), &mut left));
+            self.place(*frontend, Some(rendered));
+        }
+        let mut rest: Vec<Item> = self.hairpin.keys().map(|ip| (SetId::Hairpin, pair(*ip))).collect();
+        rest.extend(map.node_port_addresses.iter().filter(|ip| IpFamily::of(ip) == self.family).map(|ip| (SetId::NodePortAddresses, single(*ip))));
+        rest.extend(map.cluster_ips.keys().filter(|ip| IpFamily::of(ip) == self.family).map(|ip| (SetId::ClusterIps, single(*ip))));
+        batches.push(against(rest, &mut left));
+        // The memory of clients is the kernel's own; everything else that is left has no place in the new map.
+        let leftovers: Vec<Item> = left
+            .into_iter()
+            .filter(|((id, _), _)| *id != SetId::Affinity)
+            .map(|((id, key), data)| (id, Element { key, data }))
+            .collect();
+
+        let picks: Vec<Pick> = self.uses.keys().copied().collect();
+        first.extend(picks.iter().flat_map(|p| p.ops(node, self.family)));
+        // Silence for unused addresses comes after the Services in a new table, and stays as it is in a kept one.
+        let last = layout::unallocated_ops(map.service_ranges.get(&self.family).map_or(&[][..], Vec::as_slice));
+        let wanted: BTreeSet<String> =
+            picks.iter().map(|p| p.chain().to_string()).chain(layout::FIXED_CHAINS.iter().map(|c| (*c).to_owned())).collect();
+        let unwanted: Vec<String> =
+            if keep { existing.chains.iter().filter(|c| !wanted.contains(*c)).cloned().collect() } else { Vec::new() };
+
+        let mut transactions = vec![self.transaction(first)];
+        transactions.extend(self.pack(batches));
+        transactions.push(self.transaction(last));
+        transactions.extend(self.pack(leftovers.chunks(ELEMENTS_PER_COMMIT).map(|c| Changes { delete: c.to_vec(), add: Vec::new() }).collect()));
+        if !keep && !existing.chains.is_empty() {
+            let ops = transactions.into_iter().flat_map(|t| t.ops).collect();
+            transactions = vec![self.transaction(ops)];
+        }
+        transactions.retain(|t| !t.is_empty());
+        let unused = self.transaction(delete_chains(unwanted.iter().map(|c| Arc::from(c.as_str()))));
+        Full { transactions, unused }
+    }
+
+    /// Transactions that lead from what was given out to `map`, of which `delta` says what is different.
+    pub fn update(&mut self, map: &ServiceMap, node: &NodeView, delta: &Delta) -> Vec<Transaction> {
+        let mut chains = Vec::new();
+        let mut batches = Vec::new();
+        let mut redo: BTreeSet<Frontend> = delta.frontends.iter().filter(|f| f.family() == self.family).copied().collect();
+        let services: Vec<&ServicePortId> = delta.services.iter().filter(|id| id.family == self.family).collect();
+        for id in &services {
+            redo.extend(self.frontends_of.get(*id).into_iter().flatten());
+        }
+
+        let mut touched: BTreeSet<IpAddr> =
+            services.iter().filter_map(|id| self.shared.get(*id)).flat_map(|s| s.local_addrs.iter().copied()).collect();
+        touched.extend(services.iter().filter_map(|id| map.services.get(*id)).flat_map(|s| s.local_addrs.iter().copied()));
+        let hairpin_before: BTreeSet<IpAddr> = touched.iter().filter(|ip| self.hairpin.contains_key(*ip)).copied().collect();
+        for id in &services {
+            let old = self.shared_items(id);
+            self.share(id, map.services.get(*id));
+            batches.push(difference(old, self.shared_items(id)));
+        }
+        let mut ips = Changes::default();
+        for ip in touched {
+            match (hairpin_before.contains(&ip), self.hairpin.get(&ip)) {
+                (true, None) => ips.delete.push((SetId::Hairpin, pair(ip))),
+                (false, Some(_)) => ips.add.push((SetId::Hairpin, pair(ip))),
+                _ => {}
+            }
+        }
+        for ip in delta.cluster_ips.iter().filter(|ip| IpFamily::of(ip) == self.family) {
+            let list = if map.cluster_ips.contains_key(ip) { &mut ips.add } else { &mut ips.delete };
+            list.push((SetId::ClusterIps, single(*ip)));
+        }
+        batches.push(ips);
+
+        for frontend in redo {
+            let old = self.frontends.get(&frontend).cloned();
+            let target = map.frontends.get(&frontend);
+            let service = target.and_then(|t| map.services.get(&t.service));
+            let new = match (target, service) {
+                (Some(target), Some(service)) => {
+                    let before = old.as_ref().map(|o| (o.inside.backends.clone(), o.outside.backends.clone()));
+                    Some(self.render(&frontend, target.kind, &target.service, service, node, before.as_ref()))
+                }
+                _ => None,
+            };
+            if old == new {
+                continue;
+            }
+            for pick in new.iter().flat_map(Rendered::picks) {
+                if !self.uses.contains_key(&pick) {
+                    chains.extend(pick.ops(node, self.family));
+                }
+            }
+            batches.push(difference(
+                old.as_ref().map(|o| items(&frontend, o)).unwrap_or_default(),
+                new.as_ref().map(|n| items(&frontend, n)).unwrap_or_default(),
+            ));
+            self.place(frontend, new);
+        }
+        if delta.ranges {
+            chains.extend(layout::unallocated_ops(map.service_ranges.get(&self.family).map_or(&[][..], Vec::as_slice)));
+        }
+
+        let mut packed = self.pack(batches);
+        if !chains.is_empty() {
+            match packed.first_mut() {
+                Some(first) => {
+                    chains.append(&mut first.ops);
+                    first.ops = chains;
+                }
+                None => packed.push(self.transaction(chains)),
+            }
+        }
+        packed
+    }
+
+    /// Deletes pick chains that nothing uses any more, once there are many. May be refused by a kernel that still holds a
+    /// reference for a moment; that is no failure, and the chains are tried again the next time.
+    pub fn sweep(&mut self) -> Option<Transaction> {
+        let unused: Vec<Pick> = self.uses.iter().filter(|(_, count)| **count == 0).map(|(pick, _)| *pick).collect();
+        if unused.len() < SPARE_CHAINS {
+            return None;
+        }
+        Some(self.transaction(delete_chains(unused.iter().map(Pick::chain))))
+    }
+
+    /// Forgets the chains that [`Renderer::sweep`] deleted.
+    pub fn swept(&mut self) {
+        self.uses.retain(|_, count| *count > 0);
+    }
+
+    /// How many elements and chains are given out; for metrics and tests.
+    pub fn size(&self) -> (usize, usize) {
+        let elements = self.frontends.iter().map(|(f, r)| items(f, r).len()).sum();
+        (elements, self.uses.len())
+    }
+
+    fn transaction(&self, ops: Vec<Op>) -> Transaction {
+        Transaction { table: self.table.clone(), ops }
+    }
+
+    /// Groups changes into transactions without splitting one.
+    fn pack(&self, batches: Vec<Changes>) -> Vec<Transaction> {
+        let mut transactions = Vec::new();
+        let mut delete: BTreeMap<SetId, Vec<Element>> = BTreeMap::new();
+        let mut add: BTreeMap<SetId, Vec<Element>> = BTreeMap::new();
+        let mut count = 0;
+        let mut flush = |delete: &mut BTreeMap<SetId, Vec<Element>>, add: &mut BTreeMap<SetId, Vec<Element>>| {
+            let mut ops = Vec::new();
+            for (id, elements) in std::mem::take(delete) {
+                ops.push(Op::DeleteElements { set: self.sets.get(id).clone(), elements });
+            }
+            for (id, elements) in std::mem::take(add) {
+                ops.push(Op::AddElements { set: self.sets.get(id).clone(), elements });
+            }
+            if !ops.is_empty() {
+                transactions.push(self.transaction(ops));
+            }
+        };
+        for changes in batches {
+            let size = changes.delete.len() + changes.add.len();
+            if count > 0 && count + size > ELEMENTS_PER_COMMIT {
+                flush(&mut delete, &mut add);
+                count = 0;
+            }
+            count += size;
+            for (id, element) in changes.delete {
+                delete.entry(id).or_default().push(element);
+            }
+            for (id, element) in changes.add {
+                add.entry(id).or_default().push(element);
+            }
+        }
+        flush(&mut delete, &mut add);
+        transactions
+    }
+
+    fn place(&mut self, frontend: Frontend, rendered: Option<Rendered>) {
+        if let Some(old) = self.frontends.remove(&frontend) {
+            for pick in old.picks() {
+                if let Some(count) = self.uses.get_mut(&pick) {
+                    *count -= 1; // Kept at zero until swept: the chain is still there.
+                }
+            }
+            if let Some(of) = self.frontends_of.get_mut(&old.service) {
+                of.remove(&frontend);
+                if of.is_empty() {
+                    self.frontends_of.remove(&old.service);
+                }
+            }
+        }
+        if let Some(new) = rendered {
+            for pick in new.picks() {
+                *self.uses.entry(pick).or_default() += 1;
+            }
+            self.frontends_of.entry(new.service.clone()).or_default().insert(frontend);
+            self.frontends.insert(frontend, new);
+        }
+    }
+
+    /// Brings what the frontends of a Service port share up to date.
+    fn share(&mut self, id: &ServicePortId, service: Option<&Arc<CompiledService>>) {
+        let mut new = Shared::default();
+        if let Some(service) = service {
+            new.local_addrs = service.local_addrs.clone();
+            let cluster = service.short_circuit.usable();
+            let local = local_set(service);
+            match service.affinity {
+                Affinity::None => self.numbers.release(id),
+                Affinity::ClientIp { timeout } => {
+                    let all: BTreeSet<Backend> = cluster.iter().chain(local).copied().collect();
+                    if let Some(block) = self.numbers.assign(id, &all, timeout.as_secs().max(1)) {
+                        let marked = |set: &[Backend]| set.iter().filter_map(|b| block.mark(b).map(|m| (*b, m))).collect();
+                        new.live = marked(cluster);
+                        new.live_local = marked(local);
+                    }
+                }
+            }
+        } else {
+            self.numbers.release(id);
+        }
+        let old = self.shared.remove(id).unwrap_or_default();
+        for ip in old.local_addrs.iter() {
+            if let Some(count) = self.hairpin.get_mut(ip) {
+                *count -= 1;
+                if *count == 0 {
+                    self.hairpin.remove(ip);
+                }
+            }
+        }
+        for ip in new.local_addrs.iter() {
+            *self.hairpin.entry(*ip).or_default() += 1;
+        }
+        if new != Shared::default() {
+            self.shared.insert(id.clone(), new);
+        }
+    }
+
+    fn shared_items(&self, id: &ServicePortId) -> Vec<Item> {
+        let Some(shared) = self.shared.get(id) else { return Vec::new() };
+        let item = |set: SetId, (backend, mark): &(Backend, u32)| {
+            let key = vec![Value::Proto(id.protocol.number()), Value::Mark(*mark)];
+            (set, Element { key, data: Some(Data::Values(vec![backend.addr.into(), Value::Port(backend.port.get())])) })
+        };
+        let live = shared.live.iter().map(|e| item(SetId::AffinityLive, e));
+        live.chain(shared.live_local.iter().map(|e| item(SetId::AffinityLiveLocal, e))).collect()
+    }
+
+    fn render(
+        &self,
+        frontend: &Frontend,
+        kind: FrontendKind,
+        id: &ServicePortId,
+        service: &CompiledService,
+        node: &NodeView,
+        before: Option<&(Vec<Backend>, Vec<Backend>)>,
+    ) -> Rendered {
+        let space = match frontend.addr {
+            FrontendAddr::Address(_) => Space::Address,
+            FrontendAddr::NodePort(_) => Space::NodePort,
+        };
+        let block = match service.affinity {
+            Affinity::None => None,
+            Affinity::ClientIp { timeout } => self.numbers.get(id).map(|b| (b, timeout.as_secs().max(1))),
+        };
+        let nothing = Vec::new();
+        let (before_inside, before_outside) = before.map_or((&nothing, &nothing), |(i, o)| (i, o));
+        let step = |backends: &Backends, side: Side, masquerade: Masquerade, local: bool, previous: &[Backend]| match backends {
+            Backends::Reject => (Step::Reject, Slots::default()),
+            Backends::Drop => (Step::Drop, Slots::default()),
+            Backends::Usable(set) => {
+                let backends = arrange(previous, set);
+                let marks = match block {
+                    // Every usable endpoint has a number: they were assigned from the same sets.
+                    Some((block, _)) => backends.iter().filter_map(|b| block.mark(b)).collect(),
+                    None => Vec::new(),
+                };
+                let affinity = block
+                    .filter(|_| marks.len() == backends.len())
+                    .map(|(block, timeout_seconds)| PickAffinity { timeout_seconds, bits: block.bits(), local });
+                let pick = Pick { space, side, masquerade, n: backends.len() as u32, affinity };
+                let marks = if affinity.is_some() { marks } else { Vec::new() };
+                (Step::Pick(pick), Slots { backends, marks })
+            }
+        };
+        let to_cluster_ip = if node.masquerade_all {
+            Masquerade::Always
+        } else if layout::pods_known(node, self.family) {
+            Masquerade::UnlessPod
+        } else {
+            Masquerade::Never
+        };
+        let (way, inside, outside) = match (kind, service.external_policy) {
+            (FrontendKind::ClusterIp, _) => {
+                let local = service.internal_policy == TrafficPolicy::Local;
+                let (step, slots) = step(&service.internal, Side::Inside, to_cluster_ip, local, before_inside);
+                (Way::Same(step), slots, Slots::default())
+            }
+            (_, TrafficPolicy::Cluster) => {
+                let (step, slots) = step(&service.external, Side::Inside, Masquerade::Always, false, before_inside);
+                (Way::Same(step), slots, Slots::default())
+            }
+            (_, TrafficPolicy::Local) => {
+                let (inside, slots) = step(&service.short_circuit, Side::Inside, Masquerade::IfHost, false, before_inside);
+                let (outside, slots_outside) = step(&service.external, Side::Outside, Masquerade::Never, true, before_outside);
+                (Way::BySource { inside, outside }, slots, slots_outside)
+            }
+        };
+        Rendered {
+            service: id.clone(),
+            way,
+            guard: (kind == FrontendKind::LoadBalancer).then(|| service.source_ranges.clone()).flatten(),
+            service_mark: block.map(|(block, _)| block.service_mark()),
+            inside,
+            outside,
+        }
+    }
+
+    /// Takes over the affinity numbers of a table found at start.
+    fn adopt_numbers(&mut self, map: &ServiceMap, existing: &HashMap<(SetId, Vec<Value>), Option<Data>>) {
+        for (frontend, target) in map.frontends.iter().filter(|(f, _)| f.family() == self.family) {
+            if self.numbers.get(&target.service).is_some() {
+                continue;
+            }
+            let Some(service) = map.services.get(&target.service) else { continue };
+            let Affinity::ClientIp { timeout } = service.affinity else { continue };
+            let services = match frontend.addr {
+                FrontendAddr::Address(_) => SetId::AffinityServices,
+                FrontendAddr::NodePort(_) => SetId::NodePortAffinityServices,
+            };
+            let Some(Some(Data::Values(values))) = existing.get(&(services, key(frontend))) else { continue };
+            let [Value::Mark(service_mark)] = values[..] else { continue };
+            // The number of bits is in the name of the chain that the frontend leads to.
+            let verdicts = [SetId::Frontends, SetId::NodePorts, SetId::Guarded, SetId::Inside, SetId::NodePortsInside];
+            let bits = verdicts.iter().find_map(|set| match existing.get(&(*set, key(frontend))) {
+                Some(Some(Data::Verdict(Verdict::Goto(chain)))) => affinity_of_chain(chain),
+                _ => None,
+            });
+            let Some((seconds, bits)) = bits else { continue };
+            let mask = !((1u32 << bits) - 1) & !layout::MASQUERADE;
+            let endpoints: Vec<(Backend, u32)> = existing
+                .iter()
+                .filter(|((id, _), _)| matches!(id, SetId::AffinityLive | SetId::AffinityLiveLocal))
+                .filter_map(|((_, key), data)| match (&key[..], data) {
+                    ([Value::Proto(proto), Value::Mark(mark)], Some(Data::Values(values)))
+                        if *proto == frontend.protocol.number() && mark & mask == service_mark =>
+                    {
+                        Some((backend_of(values)?, *mark))
+                    }
+                    _ => None,
+                })
+                .collect();
+            if seconds == timeout.as_secs().max(1) {
+                self.numbers.adopt(&target.service, seconds, bits, service_mark, &endpoints);
+            }
+        }
+    }
+}
+
+impl Rendered {
+    fn picks(&self) -> Vec<Pick> {
+        let steps = match self.way {
+            Way::Same(step) => vec![step],
+            Way::BySource { inside, outside } => vec![inside, outside],
+        };
+        steps
+            .into_iter()
+            .filter_map(|s| match s {
+                Step::Pick(pick) => Some(pick),
+                Step::Reject | Step::Drop => None,
+            })
+            .collect()
+    }
+}
+
+impl Step {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Step::Pick(pick) => Verdict::Goto(pick.chain()),
+            Step::Reject => Verdict::Goto(layout::REJECT.into()),
+            Step::Drop => Verdict::Drop,
+        }
+    }
+}
+
+/// Reads timeout and bits from the name that [`Pick::chain`] gives.
+fn affinity_of_chain(chain: &str) -> Option<(u64, u32)> {
+    let (seconds, bits) = chain.split_once("-affinity-")?.1.split_once("s-")?;
+    Some((seconds.parse().ok()?, bits.trim_end_matches("-local").parse().ok()?))
+}
+
+fn local_set(service: &CompiledService) -> &[Backend] {
+    if service.external_policy == TrafficPolicy::Local {
+        service.external.usable()
+    } else if service.internal_policy == TrafficPolicy::Local {
+        service.internal.usable()
+    } else {
+        &[]
+    }
+}
+
+/// Keeps endpoints in their slots where possible: holes are filled with new endpoints, then from the end.
+fn arrange(previous: &[Backend], now: &[Backend]) -> Vec<Backend> {
+    let wanted: BTreeSet<&Backend> = now.iter().collect();
+    let known: BTreeSet<&Backend> = previous.iter().collect();
+    let mut slots: Vec<Option<Backend>> = previous.iter().map(|b| wanted.contains(b).then_some(*b)).collect();
+    let mut fresh = now.iter().filter(|b| !known.contains(b)).copied();
+    for slot in slots.iter_mut().filter(|s| s.is_none()) {
+        *slot = fresh.next();
+    }
+    slots.extend(fresh.map(Some));
+    let mut at = 0;
+    while at < slots.len() {
+        if slots[at].is_none() {
+            slots.swap_remove(at);
+        } else {
+            at += 1;
+        }
+    }
+    slots.into_iter().flatten().collect()
+}
+
+fn key(frontend: &Frontend) -> Vec<Value> {
+    let mut key = Vec::with_capacity(4);
+    if let FrontendAddr::Address(addr) = frontend.addr {
+        key.push(addr.into());
+    }
+    key.push(Value::Proto(frontend.protocol.number()));
+    key.push(Value::Port(frontend.port.get()));
+    key
+}
+
+fn single(ip: IpAddr) -> Element {
+    Element { key: vec![ip.into()], data: None }
+}
+
+fn pair(ip: IpAddr) -> Element {
+    Element { key: vec![ip.into(), ip.into()], data: None }
+}
+
+fn backend_of(values: &[Value]) -> Option<Backend> {
+    let addr = match values.first()? {
+        Value::V4(a) => IpAddr::from(*a),
+        Value::V6(a) => IpAddr::from(*a),
+        _ => return None,
+    };
+    match values.get(1)? {
+        Value::Port(port) => Some(Backend { addr, port: (*port).try_into().ok()? }),
+        _ => None,
+    }
+}
+
+/// The slots that a table holds for a frontend, in order.
+fn slots_in(frontend: &Frontend, existing: &HashMap<(SetId, Vec<Value>), Option<Data>>) -> Option<(Vec<Backend>, Vec<Backend>)> {
+    if existing.is_empty() {
+        return None;
+    }
+    let ids = match frontend.addr {
+        FrontendAddr::Address(_) => [SetId::Slots, SetId::SlotsOutside],
+        FrontendAddr::NodePort(_) => [SetId::NodePortSlots, SetId::NodePortSlotsOutside],
+    };
+    let [inside, outside] = ids.map(|id| {
+        let slot = |index: u32| {
+            let mut key = key(frontend);
+            key.push(Value::Index(index));
+            match existing.get(&(id, key)) {
+                Some(Some(Data::Values(values))) => backend_of(values),
+                _ => None,
+            }
+        };
+        (0..).map_while(slot).collect::<Vec<Backend>>()
+    });
+    Some((inside, outside))
+}
+
+/// The elements of one frontend.
+fn items(frontend: &Frontend, rendered: &Rendered) -> Vec<Item> {
+    let address = matches!(frontend.addr, FrontendAddr::Address(_));
+    let frontends = if address { SetId::Frontends } else { SetId::NodePorts };
+    let element = |data: Verdict| Element { key: key(frontend), data: Some(Data::Verdict(data)) };
+    let mut items = Vec::with_capacity(2 + rendered.inside.backends.len() + rendered.outside.backends.len());
+
+    let verdict = match &rendered.way {
+        Way::Same(step) => step.verdict(),
+        Way::BySource { inside, outside } => {
+            let (set_inside, set_outside, chain) = if address {
+                (SetId::Inside, SetId::Outside, layout::LOCAL_POLICY)
+            } else {
+                (SetId::NodePortsInside, SetId::NodePortsOutside, layout::NODE_PORT_LOCAL_POLICY)
+            };
+            items.push((set_inside, element(inside.verdict())));
+            items.push((set_outside, element(outside.verdict())));
+            Verdict::Goto(chain.into())
+        }
+    };
+    match &rendered.guard {
+        None => items.push((frontends, element(verdict))),
+        Some(nets) => {
+            items.push((SetId::Guarded, element(verdict)));
+            items.push((frontends, element(Verdict::Goto(layout::GUARD.into()))));
+            for net in nets.iter() {
+                let mut key = key(frontend);
+                key.push(Value::Net(*net));
+                items.push((SetId::SourceRanges, Element { key, data: None }));
+            }
+        }
+    }
+
+    let mut has_affinity = false;
+    for (step, slots) in match &rendered.way {
+        Way::Same(step) => vec![(step, &rendered.inside)],
+        Way::BySource { inside, outside } => vec![(inside, &rendered.inside), (outside, &rendered.outside)],
+    } {
+        let Step::Pick(pick) = step else { continue };
+        has_affinity |= pick.affinity.is_some();
+        for (index, backend) in slots.backends.iter().enumerate() {
+            let mut key = key(frontend);
+            key.push(Value::Index(index as u32));
+            let data = match slots.marks.get(index) {
+                Some(mark) => Data::Values(vec![Value::Mark(*mark)]),
+                None => Data::Values(vec![backend.addr.into(), Value::Port(backend.port.get())]),
+            };
+            items.push((pick.slots(), Element { key, data: Some(data) }));
+        }
+    }
+    if let Some(mark) = rendered.service_mark.filter(|_| has_affinity) {
+        let id = if address { SetId::AffinityServices } else { SetId::NodePortAffinityServices };
+        items.push((id, Element { key: key(frontend), data: Some(Data::Values(vec![Value::Mark(mark)])) }));
+    }
+    items
+}
+
+fn difference(old: Vec<Item>, new: Vec<Item>) -> Changes {
+    let mut left: HashMap<(SetId, Vec<Value>), Option<Data>> = old.into_iter().map(|(id, e)| ((id, e.key), e.data)).collect();
+    let mut changes = Changes::default();
+    for (id, element) in new {
+        match left.remove(&(id, element.key.clone())) {
+            Some(data) if data == element.data => {}
+            Some(_) => {
+                changes.delete.push((id, element.clone()));
+                changes.add.push((id, element));
+            }
+            None => changes.add.push((id, element)),
+        }
+    }
+    changes.delete.extend(left.into_iter().map(|((id, key), data)| (id, Element { key, data })));
+    changes
+}
+
+fn delete_chains(names: impl Iterator<Item = Arc<str>>) -> Vec<Op> {
+    let names: Vec<Arc<str>> = names.collect();
+    let flush = names.iter().map(|name| Op::FlushChain { name: name.clone() });
+    flush.chain(names.iter().map(|name| Op::DeleteChain { name: name.clone() })).collect()
+}
