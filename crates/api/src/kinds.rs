@@ -245,10 +245,8 @@ impl Registry {
     /// one first. A group version may have no resource of its own: `autoscaling/v1` only holds the Scale kind.
     pub fn groups(&self) -> Vec<(String, Vec<String>)> {
         let mut groups: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-        for (group, version) in self
-            .iter()
-            .map(|k| (k.group.as_str(), k.version.as_str()))
-            .chain(builtin::EXTRA_VERSIONS.iter().copied())
+        for (group, version) in
+            self.iter().map(|k| (k.group.as_str(), k.version.as_str())).chain(builtin::EXTRA_VERSIONS.iter().copied())
         {
             let versions = groups.entry(group).or_default();
             if !versions.iter().any(|v| v == version) {

@@ -201,7 +201,9 @@ impl Parser {
             match self.peek() {
                 None => break,
                 Some(Token::Word(_)) | Some(Token::Symbol("!")) => {}
-                Some(other) => return Err(format!("found '{}', expected: !, identifier, or 'end of string'", other.text())),
+                Some(other) => {
+                    return Err(format!("found '{}', expected: !, identifier, or 'end of string'", other.text()));
+                }
             }
             let requirement = self.requirement().map_err(|e| format!("unable to parse requirement: {e}"))?;
             requirements.push(requirement);
@@ -358,9 +360,8 @@ impl FieldSelector {
             if part.is_empty() {
                 continue;
             }
-            let term = parse_term(&part).ok_or_else(|| {
-                Status::bad_request(format!("invalid selector: '{text}'; can't understand '{part}'"))
-            })?;
+            let term = parse_term(&part)
+                .ok_or_else(|| Status::bad_request(format!("invalid selector: '{text}'; can't understand '{part}'")))?;
             terms.push(term);
         }
         for term in &mut terms {
@@ -643,7 +644,10 @@ mod tests {
             assert_eq!(selector.matches(kind, &object), want, "{name}");
         }
         let error = |kind: &Kind, text: &str| FieldSelector::parse(text, kind, &[]).expect_err(text).message;
-        assert_eq!(error(pod, "metadata.name>a"), "invalid selector: 'metadata.name>a'; can't understand 'metadata.name>a'");
+        assert_eq!(
+            error(pod, "metadata.name>a"),
+            "invalid selector: 'metadata.name>a'; can't understand 'metadata.name>a'"
+        );
         assert_eq!(error(pod, "spec.x=1"), "field label not supported: spec.x");
         assert_eq!(
             error(config, "data=1"),

@@ -6,7 +6,7 @@
 use serde_json::{Map, Value, json};
 use std::fmt;
 
-use crate::kinds::Kind;
+use crate::kinds::{Kind, Storage};
 
 /// An outcome of a request as the `v1` Status object.
 #[derive(Clone, Debug, PartialEq)]
@@ -124,11 +124,8 @@ impl Status {
 
     /// 405.
     pub fn method_not_allowed() -> Status {
-        let mut status = Status::new(
-            405,
-            "MethodNotAllowed",
-            "the server does not allow this method on the requested resource",
-        );
+        let mut status =
+            Status::new(405, "MethodNotAllowed", "the server does not allow this method on the requested resource");
         status.details = Some(Details::default());
         status
     }
@@ -191,7 +188,12 @@ impl Status {
 
     /// 422 from validation. `errors` must not be empty; equal texts are listed once in the message.
     pub fn invalid(kind: &Kind, name: &str, errors: &[FieldError]) -> Status {
-        Status::invalid_kind(&kind.group, &kind.kind, name, errors)
+        // A kind that is kept as another one is judged as that one.
+        let group = match &kind.storage {
+            Storage::SharedWith { group, .. } => group,
+            Storage::Own | Storage::Virtual => &kind.group,
+        };
+        Status::invalid_kind(group, &kind.kind, name, errors)
     }
 
     /// As [`Status::invalid`] for kinds outside the registry (ListOptions, Scale).
@@ -345,8 +347,7 @@ impl Details {
                 .iter()
                 .map(|cause| {
                     let mut entry = Map::new();
-                    for (key, text) in
-                        [("reason", &cause.reason), ("message", &cause.message), ("field", &cause.field)]
+                    for (key, text) in [("reason", &cause.reason), ("message", &cause.message), ("field", &cause.field)]
                     {
                         if !text.is_empty() {
                             entry.insert(key.to_owned(), json!(text));

@@ -39,6 +39,62 @@ pub fn prepare_create(kind: &Kind, new: &mut Value) {
     if kind.is("", "Service") {
         prepare_service(new, None);
     }
+    if kind.is("", "Pod") {
+        let grace = ["spec", "terminationGracePeriodSeconds"];
+        if meta::get(new, &grace).as_i64().is_some_and(|seconds| seconds < 0) {
+            meta::set(new, &grace, json!(1));
+        }
+    }
+    if kind.is("apps", "DaemonSet") {
+        meta::set(new, &["metadata", "annotations", TEMPLATE_GENERATION], json!("1"));
+    }
+    empty_lists(kind, new);
+}
+
+/// Annotation with the number of changes to a DaemonSet's template.
+const TEMPLATE_GENERATION: &str = "deprecated.daemonset.template.generation";
+
+/// Lists of these kinds that are always present are null when they are empty, as stored objects of the reference
+/// implementation are.
+fn empty_lists(kind: &Kind, object: &mut Value) {
+    let fields: &[&str] = match (kind.group.as_str(), kind.kind.as_str()) {
+        _ if kind.custom => &[],
+        ("discovery.k8s.io", "EndpointSlice") => &["endpoints", "ports"],
+        ("rbac.authorization.k8s.io", "Role" | "ClusterRole") => &["rules"],
+        _ => &[],
+    };
+    for field in fields {
+        if meta::list(object, &[field]).is_empty() {
+            meta::set(object, &[field], Value::Null);
+        }
+    }
+}
+
+/// Removes repeated owner references and returns the text that warns of it.
+///
+/// To be called before [`prepare_create`] or [`prepare_update`], with the text passed on as a `Warning` header.
+pub fn dedup_owner_references(object: &mut Value) -> Option<String> {
+    let mut kept: Vec<Value> = Vec::new();
+    let mut repeated: Vec<String> = Vec::new();
+    for reference in meta::list(object, &["metadata", "ownerReferences"]) {
+        if kept.contains(reference) {
+            let uid = meta::text(reference, &["uid"]).to_owned();
+            if !repeated.contains(&uid) {
+                repeated.push(uid);
+            }
+        } else {
+            kept.push(reference.clone());
+        }
+    }
+    if repeated.is_empty() {
+        return None;
+    }
+    meta::set(object, &["metadata", "ownerReferences"], Value::Array(kept));
+    Some(format!(
+        ".metadata.ownerReferences contains duplicate entries; API server dedups owner references in 1.20+, and may \
+         reject such requests as early as 1.24; please fix your requests; duplicate UID(s) observed: {}",
+        repeated.join(", ")
+    ))
 }
 
 /// The status of an object that nobody has acted on yet. Numbers and objects that a client always finds are there.
@@ -77,9 +133,7 @@ fn initial_pod_status(pod: &Value) -> Value {
 /// The quality of service class: Guaranteed when every container limits cpu and memory and requests just that,
 /// BestEffort when none asks for anything, else Burstable.
 pub fn qos_class(pod: &Value) -> &'static str {
-    let containers = || {
-        ["containers", "initContainers"].into_iter().flat_map(|list| meta::list(pod, &["spec", list]))
-    };
+    let containers = || ["containers", "initContainers"].into_iter().flat_map(|list| meta::list(pod, &["spec", list]));
     let amount = |container: &'_ Value, list: &str, name: &str| -> Option<String> {
         let text = match meta::get(container, &["resources", list, name]) {
             Value::String(text) => text.clone(),
@@ -153,11 +207,20 @@ pub fn prepare_update(kind: &Kind, new: &mut Value, old: &Value, subresource: Op
                 let name = meta::name(new).to_owned();
                 meta::set(new, &["metadata", "labels", "kubernetes.io/metadata.name"], json!(name));
             }
+            if kind.is("apps", "DaemonSet") {
+                let template = ["spec", "template"];
+                let stored =
+                    meta::annotation(old, TEMPLATE_GENERATION).and_then(|n| n.parse::<i64>().ok()).unwrap_or(1);
+                let changed = !same(meta::get(new, &template), meta::get(old, &template));
+                let now = (stored + i64::from(changed)).to_string();
+                meta::set(new, &["metadata", "annotations", TEMPLATE_GENERATION], json!(now));
+            }
             if kind.is("", "Secret") && meta::text(new, &["type"]).is_empty() {
                 meta::put(new, &["type"], meta::get(old, &["type"]).clone());
             }
         }
     }
+    empty_lists(kind, new);
     let changed = match kind.generation {
         Generation::None => return,
         Generation::Spec => content_changed(kind, new, old),
@@ -273,7 +336,12 @@ mod tests {
             ("the_spec", &deployments, json!({"metadata": {}, "spec": {"replicas": 2}}), 5),
             ("status_is_not_taken", &deployments, json!({"metadata": {}, "spec": {"replicas": 1}, "status": {}}), 4),
             ("a_label_of_a_slice", &slices, json!({"metadata": {"labels": {"a": "b"}}, "spec": {"replicas": 1}}), 5),
-            ("an_annotation_of_a_slice", &slices, json!({"metadata": {"annotations": {"a": "b"}}, "spec": {"replicas": 1}}), 4),
+            (
+                "an_annotation_of_a_slice",
+                &slices,
+                json!({"metadata": {"annotations": {"a": "b"}}, "spec": {"replicas": 1}}),
+                4,
+            ),
         ];
         for (name, kind, mut new, want) in rows {
             prepare_update(kind, &mut new, &old, None);
@@ -302,7 +370,11 @@ mod tests {
             ("a_request", json!({"requests": {"cpu": "1"}}), "Burstable"),
             ("limits_alone", json!({"limits": {"cpu": "1", "memory": "1Gi"}}), "Guaranteed"),
             ("one_limit", json!({"limits": {"cpu": "1"}}), "Burstable"),
-            ("lower_request", json!({"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "500m"}}), "Burstable"),
+            (
+                "lower_request",
+                json!({"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "500m"}}),
+                "Burstable",
+            ),
             ("zero_is_nothing", json!({"requests": {"cpu": "0"}}), "BestEffort"),
         ];
         for (name, resources, want) in rows {

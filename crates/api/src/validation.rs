@@ -108,7 +108,9 @@ fn immutable(faults: &mut Faults, kind: &Kind, new: &Value, old: &Value) {
         ("", "Node") => core::node_update(faults, new, old),
         ("apps", "Deployment" | "ReplicaSet" | "DaemonSet") => workload::selector_unchanged(faults, new, old),
         ("apps", "StatefulSet") => workload::stateful_set_update(faults, new, old),
-        ("apps", "ControllerRevision") => faults.unchanged("data", meta::get(new, &["data"]), meta::get(old, &["data"])),
+        ("apps", "ControllerRevision") => {
+            faults.unchanged("data", meta::get(new, &["data"]), meta::get(old, &["data"]))
+        }
         ("batch", "Job") => workload::job_update(faults, new, old),
         ("networking.k8s.io", "IngressClass") => {
             let path = ["spec", "controller"];
@@ -118,7 +120,9 @@ fn immutable(faults: &mut Faults, kind: &Kind, new: &Value, old: &Value) {
             let path = ["spec", "parentRef"];
             faults.unchanged("spec.parentRef", meta::get(new, &path), meta::get(old, &path));
         }
-        ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => core::role_ref_unchanged(faults, new, old),
+        ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => {
+            core::role_ref_unchanged(faults, new, old)
+        }
         ("scheduling.k8s.io", "PriorityClass") => {
             faults.unchanged("value", meta::get(new, &["value"]), meta::get(old, &["value"]));
         }
@@ -221,10 +225,9 @@ impl Faults {
                 "In" | "NotIn" if values.is_empty() => {
                     self.required(at("values"), "must be specified when `operator` is 'In' or 'NotIn'");
                 }
-                "Exists" | "DoesNotExist" if !values.is_empty() => self.forbidden(
-                    at("values"),
-                    "may not be specified when `operator` is 'Exists' or 'DoesNotExist'",
-                ),
+                "Exists" | "DoesNotExist" if !values.is_empty() => {
+                    self.forbidden(at("values"), "may not be specified when `operator` is 'Exists' or 'DoesNotExist'")
+                }
                 "In" | "NotIn" | "Exists" | "DoesNotExist" => {}
                 other => self.invalid(at("operator"), other, "not a valid selector operator"),
             }

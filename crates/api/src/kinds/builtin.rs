@@ -100,7 +100,12 @@ impl Entry {
     }
 
     fn sub(mut self, name: &str, kind: &str, verbs: &str) -> Self {
-        self.push(Subresource { name: name.to_owned(), kind: kind.to_owned(), group_version: None, verbs: words(verbs) });
+        self.push(Subresource {
+            name: name.to_owned(),
+            kind: kind.to_owned(),
+            group_version: None,
+            verbs: words(verbs),
+        });
         self
     }
 
@@ -157,11 +162,8 @@ impl Entry {
 
     fn stored_as(mut self, api_version: &str, plural: &str) -> Self {
         let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
-        self.kind.storage = Storage::SharedWith {
-            group: group.to_owned(),
-            version: version.to_owned(),
-            plural: plural.to_owned(),
-        };
+        self.kind.storage =
+            Storage::SharedWith { group: group.to_owned(), version: version.to_owned(), plural: plural.to_owned() };
         self
     }
 }

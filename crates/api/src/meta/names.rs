@@ -79,6 +79,27 @@ pub fn dns1123_subdomain(text: &str) -> Vec<String> {
     faults
 }
 
+/// What is wrong with a DNS search path: a subdomain whose labels may hold underscores; empty if nothing.
+pub fn dns_search_path(text: &str) -> Vec<String> {
+    let label = |label: &str| {
+        let rest = label.strip_prefix('_').unwrap_or(label);
+        shaped(rest, |b| lower_alnum(b) || matches!(b, b'-' | b'_'), lower_alnum)
+    };
+    let mut faults = Vec::new();
+    if text.len() > SUBDOMAIN_MAX {
+        faults.push(too_long_characters(SUBDOMAIN_MAX));
+    }
+    if !text.split('.').all(label) {
+        faults.push(
+            "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '_', '-' or '.', and \
+             must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is \
+             '_?[a-z0-9]([-_a-z0-9]*[a-z0-9])?(\\._?[a-z0-9]([-_a-z0-9]*[a-z0-9])?)*')"
+                .to_owned(),
+        );
+    }
+    faults
+}
+
 /// What is wrong with a wildcard name such as `*.example.com`; empty if nothing.
 pub fn wildcard_dns1123_subdomain(text: &str) -> Vec<String> {
     let mut faults = Vec::new();
@@ -222,7 +243,8 @@ pub fn config_map_key(text: &str) -> Vec<String> {
 pub fn env_var_name(text: &str) -> Vec<String> {
     if text.is_empty() || !text.bytes().all(|b| (0x20..=0x7e).contains(&b) && b != b'=') {
         return vec![
-            "a valid environment variable name must consist only of printable ASCII characters other than '='".to_owned(),
+            "a valid environment variable name must consist only of printable ASCII characters other than '='"
+                .to_owned(),
         ];
     }
     Vec::new()
@@ -263,9 +285,7 @@ pub fn domain_prefixed_path(text: &str) -> Vec<String> {
     };
     let mut faults = dns1123_subdomain(host);
     if !path.bytes().all(|b| b.is_ascii_alphanumeric() || b"/-._~%!$&'()*+,;=:".contains(&b)) {
-        faults.push(
-            "Invalid path (regex used for validation is '[A-Za-z0-9/\\-._~%!$&'()*+,;=:]+')".to_owned(),
-        );
+        faults.push("Invalid path (regex used for validation is '[A-Za-z0-9/\\-._~%!$&'()*+,;=:]+')".to_owned());
     }
     faults
 }
@@ -346,11 +366,7 @@ pub fn parse_cidr_sloppy(text: &str) -> Option<(IpAddr, u8)> {
     let bits: u8 = length.parse().ok()?;
     let ip = parse_ip_sloppy(address)?;
     // A mapped address keeps the 128-bit prefix length of its text.
-    let (ip, bits) = if ip.is_ipv4() && address.contains(':') {
-        (ip, bits.checked_sub(96)?)
-    } else {
-        (ip, bits)
-    };
+    let (ip, bits) = if ip.is_ipv4() && address.contains(':') { (ip, bits.checked_sub(96)?) } else { (ip, bits) };
     (bits <= if ip.is_ipv4() { 32 } else { 128 }).then_some((ip, bits))
 }
 
@@ -402,6 +418,8 @@ mod tests {
             ("a_subdomain_has_dots", dns1123_subdomain, "a.b-c.9", true),
             ("a_subdomain_has_no_empty_label", dns1123_subdomain, "a..b", false),
             ("a_subdomain_has_no_leading_dot", dns1123_subdomain, ".a", false),
+            ("a_search_path_with_underscores", dns_search_path, "_tcp.a_b.local", true),
+            ("a_search_path_has_no_upper_case", dns_search_path, "A.local", false),
             ("a_wildcard_needs_its_star", wildcard_dns1123_subdomain, "example.com", false),
             ("a_wildcard_has_one_star", wildcard_dns1123_subdomain, "*.*.com", false),
             ("a_wildcard_name", wildcard_dns1123_subdomain, "*.example.com", true),

@@ -76,10 +76,8 @@ pub(super) fn init_families(new: &mut Value, old: Option<&Value>, cluster: &[Fam
     }
     let policy = meta::text(new, &["spec", "ipFamilyPolicy"]).to_owned();
     let ips: Vec<String> = cluster_ips(new).into_iter().map(str::to_owned).collect();
-    let mut families: Vec<Family> = meta::list(new, &["spec", "ipFamilies"])
-        .iter()
-        .filter_map(|family| Family::parse(family.as_str()?))
-        .collect();
+    let mut families: Vec<Family> =
+        meta::list(new, &["spec", "ipFamilies"]).iter().filter_map(|family| Family::parse(family.as_str()?)).collect();
 
     let policy_error = |why: &str| FieldError::invalid("spec.ipFamilyPolicy", policy.as_str(), why);
     let mut faults = Vec::new();

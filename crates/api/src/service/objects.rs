@@ -63,7 +63,8 @@ pub fn mark_ready(object: &mut Value, now: Timestamp) -> bool {
 /// Sets the condition of a ServiceCIDR that has to wait for its addresses. Returns whether anything changed.
 pub fn mark_terminating(object: &mut Value, now: Timestamp) -> bool {
     let before = object.clone();
-    let message = "There are still IPAddresses referencing the ServiceCIDR, please remove them or create a new ServiceCIDR";
+    let message =
+        "There are still IPAddresses referencing the ServiceCIDR, please remove them or create a new ServiceCIDR";
     set_condition(object, "False", "Terminating", message, now);
     *object != before
 }

@@ -170,6 +170,8 @@ impl Plan<'_> {
                 let ip = meta::parse_ip_sloppy(asked).ok_or(Refusal::IpOutOfRange);
                 let taken = ip.and_then(|ip| self.allocator.check_ip(ip, &self.changes).map(|()| ip));
                 match taken {
+                    // A dry run looks at the ranges only, not at who has the address.
+                    Err(Refusal::IpTaken) if self.dry_run => {}
                     Ok(ip) => {
                         self.changes.take_ips.insert(ip);
                     }

@@ -160,11 +160,15 @@ fn event(object: &Value, now: Timestamp) -> Vec<Value> {
         "" => first,
         last => last,
     };
-    let count = [meta::get(object, &["series", "count"]), meta::get(object, &["count"]), meta::get(object, &["deprecatedCount"])]
-        .into_iter()
-        .filter_map(Value::as_i64)
-        .find(|count| *count != 0)
-        .unwrap_or(1);
+    let count = [
+        meta::get(object, &["series", "count"]),
+        meta::get(object, &["count"]),
+        meta::get(object, &["deprecatedCount"]),
+    ]
+    .into_iter()
+    .filter_map(Value::as_i64)
+    .find(|count| *count != 0)
+    .unwrap_or(1);
     let involved = match meta::get(object, &["involvedObject"]) {
         Value::Null => meta::get(object, &["regarding"]),
         core => core,
@@ -176,7 +180,12 @@ fn event(object: &Value, now: Timestamp) -> Vec<Value> {
     };
     let component = first_text(
         object,
-        &[&["source", "component"], &["deprecatedSource", "component"], &["reportingComponent"], &["reportingController"]],
+        &[
+            &["source", "component"],
+            &["deprecatedSource", "component"],
+            &["reportingComponent"],
+            &["reportingController"],
+        ],
     );
     let host = first_text(object, &[&["source", "host"], &["deprecatedSource", "host"], &["reportingInstance"]]);
     let source = if host.is_empty() { component.to_owned() } else { format!("{component}, {host}") };
@@ -392,6 +401,9 @@ mod tests {
         let newer = json!({"metadata": {"name": "e"}, "type": "Normal", "reason": "Done", "note": "well",
             "eventTime": "2026-01-01T23:59:30.000000Z", "reportingController": "c", "reportingInstance": "i",
             "regarding": {"kind": "Pod", "name": "a"}});
-        assert_eq!(cells("events.k8s.io", "events", newer), "30s | Normal | Done | pod/a |  | c, i | well | 30s | 1 | e");
+        assert_eq!(
+            cells("events.k8s.io", "events", newer),
+            "30s | Normal | Done | pod/a |  | c, i | well | 30s | 1 | e"
+        );
     }
 }

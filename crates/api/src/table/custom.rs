@@ -155,7 +155,8 @@ mod tests {
 
     #[test]
     fn paths_find_what_printer_columns_ask_for() {
-        let object = json!({"spec": {"size": 7, "a.b": "dot", "list": [{"type": "x", "v": 1}, {"type": "y]", "v": 2}]}});
+        let object =
+            json!({"spec": {"size": 7, "a.b": "dot", "list": [{"type": "x", "v": 1}, {"type": "y]", "v": 2}]}});
         let rows = [
             (".spec.size", vec![json!(7)]),
             (".spec.a\\.b", vec![json!("dot")]),
@@ -181,7 +182,8 @@ mod tests {
             json!({"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}),
             json!({"name": "Gone", "type": "string", "jsonPath": ".spec.gone"}),
         ];
-        let object = json!({"metadata": {"name": "w", "creationTimestamp": "2026-01-01T23:59:00Z"}, "spec": {"size": "x"}});
+        let object =
+            json!({"metadata": {"name": "w", "creationTimestamp": "2026-01-01T23:59:00Z"}, "spec": {"size": "x"}});
         let now = super::super::tests::now();
         assert_eq!(custom_row(&columns, &object, now).cells, [json!("w"), Value::Null, json!("60s"), Value::Null]);
         assert_eq!(custom_columns(&[]).iter().map(|c| c.name.as_str()).collect::<Vec<_>>(), ["Name", "Age"]);

@@ -46,8 +46,7 @@ fn service(object: &Value, now: Timestamp) -> Vec<Value> {
 }
 
 fn external_ip(object: &Value) -> String {
-    let external: Vec<&str> =
-        meta::list(object, &["spec", "externalIPs"]).iter().filter_map(Value::as_str).collect();
+    let external: Vec<&str> = meta::list(object, &["spec", "externalIPs"]).iter().filter_map(Value::as_str).collect();
     match svc::service_type(object) {
         "LoadBalancer" => {
             let balancer = balancer_addresses(object);
@@ -73,8 +72,7 @@ fn balancer_addresses(object: &Value) -> BTreeSet<String> {
         .collect()
 }
 
-pub(super) const ENDPOINTS: Layout =
-    (&[("Name", STRING, 0), ("Endpoints", STRING, 0), ("Age", STRING, 0)], endpoints);
+pub(super) const ENDPOINTS: Layout = (&[("Name", STRING, 0), ("Endpoints", STRING, 0), ("Age", STRING, 0)], endpoints);
 
 fn endpoints(object: &Value, now: Timestamp) -> Vec<Value> {
     let subsets = meta::list(object, &["subsets"]);
@@ -87,9 +85,13 @@ fn endpoints(object: &Value, now: Timestamp) -> Vec<Value> {
         }
         for port in ports {
             let number = port.get("port").and_then(Value::as_i64).unwrap_or(0);
-            all.extend(addresses().map(|ip| {
-                if ip.contains(':') { format!("[{ip}]:{number}") } else { format!("{ip}:{number}") }
-            }));
+            all.extend(
+                addresses().map(
+                    |ip| {
+                        if ip.contains(':') { format!("[{ip}]:{number}") } else { format!("{ip}:{number}") }
+                    },
+                ),
+            );
         }
     }
     let text = if subsets.is_empty() { "<none>".to_owned() } else { at_most_three(&all) };
@@ -166,10 +168,8 @@ fn ingress(object: &Value, now: Timestamp) -> Vec<Value> {
     ]
 }
 
-pub(super) const INGRESS_CLASS: Layout = (
-    &[("Name", STRING, 0), ("Controller", STRING, 0), ("Parameters", STRING, 0), ("Age", STRING, 0)],
-    ingress_class,
-);
+pub(super) const INGRESS_CLASS: Layout =
+    (&[("Name", STRING, 0), ("Controller", STRING, 0), ("Parameters", STRING, 0), ("Age", STRING, 0)], ingress_class);
 
 fn ingress_class(object: &Value, now: Timestamp) -> Vec<Value> {
     let default = meta::annotation(object, "ingressclass.kubernetes.io/is-default-class") == Some("true");
@@ -184,12 +184,7 @@ fn ingress_class(object: &Value, now: Timestamp) -> Vec<Value> {
             group => format!("{kind}.{group}/{}", meta::text(parameters, &["name"])),
         }
     };
-    vec![
-        json!(shown),
-        json!(meta::text(object, &["spec", "controller"])),
-        json!(parameters_text),
-        age(object, now),
-    ]
+    vec![json!(shown), json!(meta::text(object, &["spec", "controller"])), json!(parameters_text), age(object, now)]
 }
 
 pub(super) const NETWORK_POLICY: Layout =

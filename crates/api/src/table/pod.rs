@@ -161,8 +161,7 @@ fn summarize(pod: &Value) -> Summary {
                 if meta::get(terminated, &["exitCode"]).as_i64().unwrap_or(0) != 0 {
                     failure = Some(status.clone());
                 }
-            } else if meta::get(container, &["ready"]) == true
-                && !meta::get(container, &["state", "running"]).is_null()
+            } else if meta::get(container, &["ready"]) == true && !meta::get(container, &["state", "running"]).is_null()
             {
                 running = true;
                 ready += 1;

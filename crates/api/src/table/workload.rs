@@ -296,10 +296,8 @@ fn autoscaler(object: &Value, now: Timestamp) -> Vec<Value> {
     ]
 }
 
-pub(super) const POD_TEMPLATE: Layout = (
-    &[("Name", STRING, 0), ("Containers", STRING, 0), ("Images", STRING, 0), ("Pod Labels", STRING, 0)],
-    pod_template,
-);
+pub(super) const POD_TEMPLATE: Layout =
+    (&[("Name", STRING, 0), ("Containers", STRING, 0), ("Images", STRING, 0), ("Pod Labels", STRING, 0)], pod_template);
 
 fn pod_template(object: &Value, _now: Timestamp) -> Vec<Value> {
     let template = meta::get(object, &["template"]);

@@ -149,7 +149,11 @@ pub(super) fn node(faults: &mut Faults, new: &Value) {
         let families: Vec<bool> =
             cidrs.iter().filter_map(|c| meta::parse_cidr_sloppy(c)).map(|(ip, _)| ip.is_ipv4()).collect();
         if cidrs.len() > 2 || families.windows(2).all(|pair| pair[0] == pair[1]) {
-            faults.invalid("spec.podCIDRs", serde_json::json!(cidrs), "may specify no more than one CIDR for each IP family");
+            faults.invalid(
+                "spec.podCIDRs",
+                serde_json::json!(cidrs),
+                "may specify no more than one CIDR for each IP family",
+            );
         }
     }
 }

@@ -178,8 +178,20 @@ fn endpoint(faults: &mut Faults, field: &str, endpoint: &Value, address_type: &s
     if let Some(hostname) = meta::get(endpoint, &["hostname"]).as_str() {
         faults.syntax(&format!("{field}.hostname"), hostname, meta::dns1123_label(hostname));
     }
-    hints(faults, &format!("{field}.hints.forZones"), meta::list(endpoint, &["hints", "forZones"]), MAX_ZONE_HINTS, meta::label_value);
-    hints(faults, &format!("{field}.hints.forNodes"), meta::list(endpoint, &["hints", "forNodes"]), MAX_NODE_HINTS, meta::dns1123_subdomain);
+    hints(
+        faults,
+        &format!("{field}.hints.forZones"),
+        meta::list(endpoint, &["hints", "forZones"]),
+        MAX_ZONE_HINTS,
+        meta::label_value,
+    );
+    hints(
+        faults,
+        &format!("{field}.hints.forNodes"),
+        meta::list(endpoint, &["hints", "forNodes"]),
+        MAX_NODE_HINTS,
+        meta::dns1123_subdomain,
+    );
 }
 
 fn hints(faults: &mut Faults, field: &str, hints: &[Value], max: usize, rule: fn(&str) -> Vec<String>) {

@@ -112,7 +112,9 @@ pub(super) fn update(faults: &mut Faults, new: &Value, old: &Value) {
     let tolerations = meta::list(spec, &["tolerations"]);
     let kept = meta::list(stored, &["tolerations"]).iter().all(|before| {
         tolerations.iter().any(|now| {
-            ["key", "operator", "value", "effect"].iter().all(|part| same(meta::get(now, &[part]), meta::get(before, &[part])))
+            ["key", "operator", "value", "effect"]
+                .iter()
+                .all(|part| same(meta::get(now, &[part]), meta::get(before, &[part])))
         })
     });
     if !kept {
@@ -164,18 +166,11 @@ fn diff(old: &Value, new: &Value) -> String {
     };
     let (a, b) = (lines(old), lines(new));
     let same_head = a.iter().zip(&b).take_while(|(x, y)| x == y).count();
-    let same_tail =
-        a[same_head..].iter().rev().zip(b[same_head..].iter().rev()).take_while(|(x, y)| x == y).count();
+    let same_tail = a[same_head..].iter().rev().zip(b[same_head..].iter().rev()).take_while(|(x, y)| x == y).count();
     let start = same_head.saturating_sub(CONTEXT);
     let (a_end, b_end) = (a.len() - same_tail, b.len() - same_tail);
     let after = same_tail.min(CONTEXT);
-    let mut text = format!(
-        "@@ -{},{} +{},{} @@\n",
-        start + 1,
-        a_end + after - start,
-        start + 1,
-        b_end + after - start
-    );
+    let mut text = format!("@@ -{},{} +{},{} @@\n", start + 1, a_end + after - start, start + 1, b_end + after - start);
     let mut push = |mark: char, lines: &[String]| {
         for line in lines {
             text.push(mark);
@@ -289,7 +284,11 @@ fn tolerations(faults: &mut Faults, field: &str, spec: &Value) {
         if !key.is_empty() {
             faults.syntax(&at("key"), key, meta::qualified_name(key));
         } else if operator != "Exists" {
-            faults.invalid(at("operator"), operator, "operator must be Exists when `key` is empty, which means \"match all values and all keys\"");
+            faults.invalid(
+                at("operator"),
+                operator,
+                "operator must be Exists when `key` is empty, which means \"match all values and all keys\"",
+            );
         }
         if !meta::get(toleration, &["tolerationSeconds"]).is_null() && effect != "NoExecute" {
             faults.invalid(at("effect"), effect, "effect must be 'NoExecute' when `tolerationSeconds` is set");
@@ -355,14 +354,15 @@ fn dns_config(faults: &mut Faults, field: &str, spec: &Value) {
         faults.invalid(format!("{field}.searches"), json!(searches), text);
     }
     if searches.join(" ").len() > MAX_SEARCH_BYTES {
-        let text = format!("must not have more than {MAX_SEARCH_BYTES} characters (including spaces) in the search list");
+        let text =
+            format!("must not have more than {MAX_SEARCH_BYTES} characters (including spaces) in the search list");
         faults.invalid(format!("{field}.searches"), json!(searches), text);
     }
     for (i, search) in searches.iter().enumerate() {
-        // A lone dot is the root; underscores are in use for service records.
-        let name = search.strip_suffix('.').unwrap_or(search);
-        if *search != "." && !meta::dns1123_subdomain(&name.replace('_', "-")).is_empty() {
-            faults.syntax(&format!("{field}.searches[{i}]"), search, meta::dns1123_subdomain(name));
+        // A lone dot is the root.
+        if *search != "." {
+            let name = search.strip_suffix('.').unwrap_or(search);
+            faults.syntax(&format!("{field}.searches[{i}]"), search, meta::dns_search_path(name));
         }
     }
     for (i, option) in meta::list(config, &["options"]).iter().enumerate() {
@@ -426,16 +426,8 @@ fn volume_source(faults: &mut Faults, field: &str, kind: &str, source: &Value, h
             require(faults, "path");
             no_backsteps(faults, &at("path"), meta::text(source, &["path"]));
             let kind = meta::text(source, &["type"]);
-            let known = [
-                "",
-                "BlockDevice",
-                "CharDevice",
-                "Directory",
-                "DirectoryOrCreate",
-                "File",
-                "FileOrCreate",
-                "Socket",
-            ];
+            let known =
+                ["", "BlockDevice", "CharDevice", "Directory", "DirectoryOrCreate", "File", "FileOrCreate", "Socket"];
             faults.one_of(at("type"), kind, &known);
         }
         "nfs" => {
@@ -480,7 +472,11 @@ fn projected(faults: &mut Faults, field: &str, source: &Value, has_account: bool
             if let Some(seconds) = token.get("expirationSeconds").and_then(Value::as_i64)
                 && seconds < 600
             {
-                faults.invalid(format!("{field}.expirationSeconds"), seconds, "may not specify a duration less than 10 minutes");
+                faults.invalid(
+                    format!("{field}.expirationSeconds"),
+                    seconds,
+                    "may not specify a duration less than 10 minutes",
+                );
             }
             file_path(faults, &format!("{field}.path"), meta::text(token, &["path"]));
         }
@@ -516,7 +512,12 @@ fn downward_items(faults: &mut Faults, field: &str, items: &[Value]) {
             }
             (false, true) => {
                 let path = meta::text(reference, &["fieldPath"]);
-                field_path(faults, &format!("{field}[{i}].fieldRef.fieldPath"), path, &["metadata.annotations", "metadata.labels", "metadata.name", "metadata.namespace", "metadata.uid"]);
+                field_path(
+                    faults,
+                    &format!("{field}[{i}].fieldRef.fieldPath"),
+                    path,
+                    &["metadata.annotations", "metadata.labels", "metadata.name", "metadata.namespace", "metadata.uid"],
+                );
             }
             (true, false) => {}
             (true, true) => {
@@ -944,7 +945,11 @@ fn handler(faults: &mut Faults, field: &str, handler: &Value) {
             "grpc" => faults.port_number(format!("{at}.port"), meta::get(action, &["port"])),
             _ => {
                 if action.get("seconds").and_then(Value::as_i64).unwrap_or(0) < 0 {
-                    faults.invalid(format!("{at}.seconds"), meta::get(action, &["seconds"]).clone(), "must be non-negative");
+                    faults.invalid(
+                        format!("{at}.seconds"),
+                        meta::get(action, &["seconds"]).clone(),
+                        "must be non-negative",
+                    );
                 }
             }
         }
@@ -961,7 +966,10 @@ mod tests {
     #[test]
     fn the_diff_shows_the_changed_lines_with_context() {
         let (old, new) = (json!({"a": 1, "b": 2, "c": 3}), json!({"a": 1, "b": 9, "c": 3}));
-        assert_eq!(diff(&old, &new), "@@ -1,5 +1,5 @@\n {\n   \"a\": 1,\n-  \"b\": 2,\n+  \"b\": 9,\n   \"c\": 3\n }\n");
+        assert_eq!(
+            diff(&old, &new),
+            "@@ -1,5 +1,5 @@\n {\n   \"a\": 1,\n-  \"b\": 2,\n+  \"b\": 9,\n   \"c\": 3\n }\n"
+        );
         // Nothing in common at the ends must not panic.
         assert!(diff(&json!([]), &json!({"x": [1, 2]})).starts_with("@@"));
     }

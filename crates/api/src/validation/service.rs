@@ -47,7 +47,8 @@ pub(super) fn update(faults: &mut Faults, new: &Value, old: &Value) {
 /// Addresses stay; the second one may come, and go with the policy SingleStack.
 fn addresses_unchanged(faults: &mut Faults, new: &Value, old: &Value) {
     let (now, before) = (svc::cluster_ips(new), svc::cluster_ips(old));
-    let changed = |i: usize| FieldError::invalid(format!("spec.clusterIPs[{i}]"), json!(now), "may not change once set");
+    let changed =
+        |i: usize| FieldError::invalid(format!("spec.clusterIPs[{i}]"), json!(now), "may not change once set");
     match (before.len(), now.len()) {
         (0, _) => {}
         (_, 0) => faults.invalid("spec.clusterIPs[0]", json!(now), "primary clusterIP can not be unset"),
@@ -79,22 +80,26 @@ fn families_unchanged(faults: &mut Faults, new: &Value, old: &Value) {
         return;
     }
     let (now, before) = (strings(new, &["spec", "ipFamilies"]), strings(old, &["spec", "ipFamilies"]));
-    match (before.first(), now.first()) {
-        (None, _) => {}
-        (Some(_), None) => faults.invalid("spec.ipFamilies[0]", json!(now), "primary ipFamily can not be unset"),
-        (Some(a), Some(b)) if a != b => {
+    if before.is_empty() {
+        return;
+    }
+    if now.is_empty() {
+        faults.invalid("spec.ipFamilies[0]", json!(now), "primary ipFamily can not be unset");
+        return;
+    }
+    // Whichever one changed, the first is named.
+    for (stored, family) in before.iter().zip(&now) {
+        if stored != family {
             faults.invalid("spec.ipFamilies[0]", json!(now), "may not change once set");
         }
-        (Some(_), Some(_)) => {
-            let policy = meta::text(new, &["spec", "ipFamilyPolicy"]);
-            if before.len() == 2 && now.len() == 1 && policy != "SingleStack" {
-                faults.invalid(
-                    "spec.ipFamilyPolicy",
-                    policy,
-                    "must be set to 'SingleStack' when releasing the secondary ipFamily",
-                );
-            }
-        }
+    }
+    let policy = meta::text(new, &["spec", "ipFamilyPolicy"]);
+    if before.len() == 2 && now.len() == 1 && policy != "SingleStack" {
+        faults.invalid(
+            "spec.ipFamilyPolicy",
+            policy,
+            "must be set to 'SingleStack' when releasing the secondary ipFamily",
+        );
     }
 }
 

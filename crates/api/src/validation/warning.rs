@@ -15,7 +15,6 @@ pub const ENDPOINTS_DEPRECATED: &str = "v1 Endpoints is deprecated in v1.33+; us
 
 pub(super) fn of(kind: &Kind, new: &Value, old: Option<&Value>) -> Vec<String> {
     let mut texts = Vec::new();
-    owner_references(&mut texts, new);
     match (kind.group.as_str(), kind.kind.as_str()) {
         ("", "Service") => service(&mut texts, new),
         ("", "Endpoints") => texts.push(ENDPOINTS_DEPRECATED.to_owned()),
@@ -33,19 +32,6 @@ pub(super) fn of(kind: &Kind, new: &Value, old: Option<&Value>) -> Vec<String> {
         _ => {}
     }
     texts
-}
-
-fn owner_references(texts: &mut Vec<String>, new: &Value) {
-    let mut seen = BTreeSet::new();
-    for reference in meta::list(new, &["metadata", "ownerReferences"]) {
-        let uid = meta::text(reference, &["uid"]);
-        if !seen.insert(uid) {
-            texts.push(format!(
-                ".metadata.ownerReferences contains duplicate entries; API server dedups owner references in 1.20+, and \
-                 may reject such requests as early as 1.24; please fix your requests; duplicate UID(s) observed: {uid}"
-            ));
-        }
-    }
 }
 
 fn service(texts: &mut Vec<String>, new: &Value) {
@@ -121,7 +107,9 @@ fn pod(texts: &mut Vec<String>, field: &str, spec: &Value) {
                 // A later definition that uses an earlier one is how variables are extended.
                 let extends = meta::text(variable, &["value"]).contains(&format!("$({name})"));
                 if !names.insert(name) && !extends {
-                    texts.push(format!("{at}.env[{i}]: hides previous definition of \"{name}\", which may be dropped when using apply"));
+                    texts.push(format!(
+                        "{at}.env[{i}]: hides previous definition of \"{name}\", which may be dropped when using apply"
+                    ));
                 }
             }
             for (i, port) in meta::list(container, &["ports"]).iter().enumerate() {
@@ -129,7 +117,9 @@ fn pod(texts: &mut Vec<String>, field: &str, spec: &Value) {
                 let key = (meta::text(port, &["protocol"]).to_owned(), number);
                 if number != 0 && !ports.insert(key.clone()) {
                     let (protocol, number) = key;
-                    texts.push(format!("{at}.ports[{i}]: duplicate port definition with {at}.ports[0] ({number}/{protocol})"));
+                    texts.push(format!(
+                        "{at}.ports[{i}]: duplicate port definition with {at}.ports[0] ({number}/{protocol})"
+                    ));
                 }
             }
         }
@@ -148,9 +138,7 @@ fn ingress(texts: &mut Vec<String>, new: &Value, old: Option<&Value>) {
         && meta::annotation(new, annotation).is_some()
         && meta::get(new, &["spec", "ingressClassName"]).is_null()
     {
-        texts.push(format!(
-            "annotation \"{annotation}\" is deprecated, please use 'spec.ingressClassName' instead"
-        ));
+        texts.push(format!("annotation \"{annotation}\" is deprecated, please use 'spec.ingressClassName' instead"));
     }
 }
 

@@ -57,11 +57,7 @@ fn always(faults: &mut Faults, object: &Value) {
 
 fn pod_template_spec(faults: &mut Faults, field: &str, template: &Value) {
     faults.labels(&format!("{field}.labels"), meta::get(template, &["metadata", "labels"]));
-    metadata::annotations(
-        faults,
-        &format!("{field}.annotations"),
-        meta::get(template, &["metadata", "annotations"]),
-    );
+    metadata::annotations(faults, &format!("{field}.annotations"), meta::get(template, &["metadata", "annotations"]));
     pod::pod_spec(faults, &format!("{field}.spec"), meta::get(template, &["spec"]));
     if !meta::list(template, &["spec", "ephemeralContainers"]).is_empty() {
         let text = "ephemeral containers not allowed in pod template";
@@ -110,11 +106,7 @@ fn strategy(faults: &mut Faults, field: &str, strategy: &Value) {
         other => {
             let text = format!("{{\"Type\":{},\"RollingUpdate\":{rolling}}}", json!(other));
             let detail = "supported values: \"Recreate\", \"RollingUpdate\"".to_owned();
-            faults.add(FieldError {
-                field: field.to_owned(),
-                fault: crate::status::Fault::NotSupported(text),
-                detail,
-            });
+            faults.add(FieldError { field: field.to_owned(), fault: crate::status::Fault::NotSupported(text), detail });
         }
     }
 }
@@ -186,11 +178,7 @@ pub(super) fn stateful_set(faults: &mut Faults, new: &Value) {
     match meta::text(new, &["spec", "podManagementPolicy"]) {
         "" => faults.required("spec.podManagementPolicy", ""),
         "OrderedReady" | "Parallel" => {}
-        other => faults.invalid(
-            "spec.podManagementPolicy",
-            other,
-            "must be 'OrderedReady' or 'Parallel'",
-        ),
+        other => faults.invalid("spec.podManagementPolicy", other, "must be 'OrderedReady' or 'Parallel'"),
     }
     let rolling = meta::get(new, &["spec", "updateStrategy", "rollingUpdate"]);
     match meta::text(new, &["spec", "updateStrategy", "type"]) {
@@ -293,9 +281,7 @@ pub(super) fn job(faults: &mut Faults, new: &Value) {
 }
 
 fn job_spec(faults: &mut Faults, field: &str, spec: &Value) {
-    for part in
-        ["parallelism", "completions", "activeDeadlineSeconds", "backoffLimit", "ttlSecondsAfterFinished"]
-    {
+    for part in ["parallelism", "completions", "activeDeadlineSeconds", "backoffLimit", "ttlSecondsAfterFinished"] {
         faults.non_negative(format!("{field}.{part}"), meta::get(spec, &[part]));
     }
     pod_template_spec(faults, &format!("{field}.template"), meta::get(spec, &["template"]));
