@@ -4,6 +4,8 @@
 //! documents, their type and the time that the caller gives.
 
 mod fieldset;
+#[cfg(test)]
+mod recorded;
 mod typed;
 
 use serde_json::{Map, Value, json};

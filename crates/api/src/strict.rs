@@ -15,7 +15,7 @@ use crate::status::{FieldError, Status};
 
 pub(crate) use scalars::{format_micros, format_seconds};
 pub(crate) use tree::{Node, go_print, go_quote, parse_json};
-pub(crate) use typed::{Style, fill_zero, fit, zero};
+pub(crate) use typed::{Style, fit};
 pub(crate) use yaml::parse_yaml;
 
 /// How a request body is written.

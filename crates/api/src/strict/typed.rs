@@ -281,6 +281,9 @@ impl<'t> Walk<'t> {
             match value {
                 // An empty list of managedFields means something: it ends the tracking of an object.
                 Some(value) if name == "managedFields" || !(field.omit_empty && is_empty(&field.ty, &value)) => {
+                    // Stored objects do not tell an empty list from none; a list that is always written is then null.
+                    let lost = !field.omit_empty && matches!(field.ty, Type::List { .. } | Type::Map(_));
+                    let value = if lost && is_empty(&field.ty, &value) { Value::Null } else { value };
                     map.insert(name, value)
                 }
                 _ => map.remove(&name),
