@@ -273,7 +273,7 @@ pub struct Apiserver {
     /// Address to listen on
     #[arg(long, default_value = "127.0.0.1:6443", value_name = "ADDRESS:PORT")]
     pub listen: SocketAddr,
-    /// Folder to write ca.crt, admin.crt, admin.key and kubeconfig to
+    /// Folder to write ca.crt, an administrator's token and a kubeconfig to
     #[arg(long, value_name = "DIR")]
     pub credentials_out: Option<PathBuf>,
     /// Ranges of cluster IPs: one, or one of each family

@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use portolan_linux::Netns;
@@ -43,8 +42,7 @@ fn netns(path: Option<&Path>) -> Result<Netns> {
 /// `portolan proxy`
 pub async fn proxy(args: args::Proxy) -> Result<()> {
     let Start { client, observer, shutdown } = start(&args.connection, Some(args.metrics_address)).await?;
-    let mut config = portolan_dataplane::AgentConfig::new(args.node_name, netns(args.netns.as_deref())?);
-    config.local_interface_prefix = args.pod_interface_prefix;
+    let config = portolan_dataplane::AgentConfig::new(args.node_name, netns(args.netns.as_deref())?, args.pod_interface_prefix);
     Ok(portolan_dataplane::run(config, client, observer, shutdown).await?)
 }
 
@@ -92,7 +90,12 @@ pub async fn gateway(args: args::Gateway) -> Result<()> {
 /// `portolan controller`
 pub async fn controller(args: args::Controller) -> Result<()> {
     let Start { client, observer, shutdown } = start(&args.connection, Some(args.metrics_address)).await?;
-    let config = portolan_controller::Config { leader_election: args.leader_elect, ..Default::default() };
+    let leader_election = args.leader_elect.then(|| {
+        let host = nix::unistd::gethostname().unwrap_or_default();
+        let identity = format!("{}_{}", host.display(), std::process::id());
+        portolan_client::leader::Election::new("kube-system", "portolan-controller", identity)
+    });
+    let config = portolan_controller::Config { leader_election, ..Default::default() };
     Ok(portolan_controller::run(config, client, observer, shutdown).await?)
 }
 
@@ -111,17 +114,18 @@ pub async fn apiserver(args: args::Apiserver) -> Result<()> {
     let listener = std::net::TcpListener::bind(args.listen)
         .with_context(|| format!("cannot listen on {}; choose another address with --listen", args.listen))?;
     let address = listener.local_addr()?;
+    let token = uuid::Uuid::new_v4().to_string();
     let mut config = portolan_apiserver::ServerConfig::new(address);
     config.data_dir = args.data_dir;
     config.service_cidrs = args.service_cluster_ip_range;
-    let server = Arc::new(portolan_apiserver::Server::start(config, vec![listener]).await?);
+    config.listeners = vec![listener];
+    config.admin_token = Some(token.clone());
+    let server = portolan_apiserver::Server::start(config).await?;
     let url = format!("https://{address}");
     if let Some(dir) = &args.credentials_out {
-        write_private(&dir.join("kubeconfig"), server.kubeconfig(&url).as_bytes())?;
+        write_private(&dir.join("kubeconfig"), server.kubeconfig(&url)?.as_bytes())?;
         write_private(&dir.join("ca.crt"), server.ca_pem().as_bytes())?;
-        let (certificate, key) = server.admin_credentials();
-        write_private(&dir.join("admin.crt"), certificate.as_bytes())?;
-        write_private(&dir.join("admin.key"), key.as_bytes())?;
+        write_private(&dir.join("token"), token.as_bytes())?;
     }
     println!("{url}");
     if args.controllers {
@@ -137,9 +141,7 @@ pub async fn apiserver(args: args::Apiserver) -> Result<()> {
     } else {
         shutdown.cancelled().await;
     }
-    if let Some(server) = Arc::into_inner(server) {
-        server.shutdown().await;
-    }
+    server.shutdown().await;
     Ok(())
 }
 

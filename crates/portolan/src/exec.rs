@@ -81,10 +81,11 @@ fn find(paths: &Paths, place: &Place) -> Result<(PathBuf, Option<PathBuf>)> {
         Place::Router => (named("fabric")?, Some(paths.outside_resolv_conf())),
         Place::Node(name) => (named(name)?, None),
         Place::Pod { namespace, name } => {
-            let network = portolan_node::pod_network(&paths.run.join("pods"), namespace, name).with_context(|| {
-                format!("pod {namespace}/{name} does not run in cluster {}", paths.name)
+            let netns = portolan_node::pod_netns(&paths.run, namespace, name).with_context(|| {
+                format!("pod {namespace}/{name} has no network in cluster {} (it does not run, or uses its node's)", paths.name)
             })?;
-            (network.netns, Some(network.resolv_conf))
+            let resolv_conf = netns.with_file_name("resolv.conf");
+            (netns, resolv_conf.exists().then_some(resolv_conf))
         }
     })
 }

@@ -22,7 +22,10 @@ pub fn run(command: args::Image) -> Result<()> {
         }
         args::Image::List(named) => {
             for image in open(&named, None)?.list()? {
-                println!("{}  {}  {} MiB", image.reference, image.id, image.size / (1024 * 1024));
+                let size_mib = image.size_bytes / (1024 * 1024);
+                for reference in &image.references {
+                    println!("{reference}  {}  {size_mib} MiB", image.id);
+                }
             }
         }
     }

@@ -44,10 +44,8 @@ impl Server {
             .args(["replay", "--server", &self.url])
             .arg("--ca")
             .arg(credential("ca.crt"))
-            .arg("--cert")
-            .arg(credential("admin.crt"))
-            .arg("--key")
-            .arg(credential("admin.key"))
+            .arg("--token")
+            .arg(fs::read_to_string(credential("token")).unwrap())
             .arg(&path)
             .output()
             .unwrap();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, RwLock};
+use std::sync::RwLock;
 
 use futures::future::BoxFuture;
 use portolan_apiserver::{BoxedIo, ClusterDialer};
@@ -16,7 +16,7 @@ const PIPE: usize = 64 * 1024;
 /// Kubelets of this process by node name, and the namespace from which pods are reached.
 pub struct Dialer {
     router: Netns,
-    kubelets: RwLock<BTreeMap<String, Arc<Kubelet>>>,
+    kubelets: RwLock<BTreeMap<String, Kubelet>>,
 }
 
 impl Dialer {
@@ -24,7 +24,7 @@ impl Dialer {
         Dialer { router, kubelets: RwLock::default() }
     }
 
-    pub fn add(&self, node: String, kubelet: Arc<Kubelet>) {
+    pub fn add(&self, node: String, kubelet: Kubelet) {
         self.kubelets.write().unwrap_or_else(|p| p.into_inner()).insert(node, kubelet);
     }
 }

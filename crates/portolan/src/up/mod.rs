@@ -131,7 +131,7 @@ async fn serve(args: &args::Up, paths: &Paths, _lock: &Lock, started: Instant) -
 struct Parts {
     tasks: JoinSet<(&'static str, Result<()>)>,
     server: Option<portolan_apiserver::Server>,
-    kubelets: Vec<Arc<portolan_node::Kubelet>>,
+    kubelets: Vec<portolan_node::Kubelet>,
 }
 
 impl Parts {
@@ -159,7 +159,7 @@ impl Parts {
     async fn stop(&mut self) {
         let all = async {
             for kubelet in self.kubelets.drain(..) {
-                kubelet.stop().await;
+                kubelet.stopped().await;
             }
             while self.tasks.join_next().await.is_some() {}
             if let Some(server) = self.server.take() {
@@ -172,7 +172,7 @@ impl Parts {
     }
 }
 
-fn stop_on_signal(shutdown: CancellationToken) -> Result<()> {
+pub fn stop_on_signal(shutdown: CancellationToken) -> Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -215,6 +215,7 @@ async fn compose(
         state.nodes.push(NodeState { name, address, zone });
     }
 
+    let observer = Observer::new();
     let advertise = SocketAddr::from((fabric::LAN_ROUTER, 6443));
     let inside_listener = listen_inside(&fabric, advertise)?;
     let dialer = Arc::new(dialer::Dialer::new(fabric.router.clone()));
@@ -222,15 +223,15 @@ async fn compose(
     config.data_dir = Some(data.join("apiserver"));
     config.listeners = vec![api_listener, inside_listener];
     config.service_cidrs = vec![ipnet::IpNet::V4(fabric::SERVICE_CIDR)];
-    config.dialer = Some(dialer.clone());
+    config.dialer = dialer.clone();
+    config.observer = observer.clone();
     let server = portolan_apiserver::Server::start(config).await.context("cannot start the API server")?;
-    write_private(&state.kubeconfig, server.kubeconfig(&format!("https://{api_address}")).as_bytes())?;
+    write_private(&state.kubeconfig, server.kubeconfig(&format!("https://{api_address}"))?.as_bytes())?;
     paths.write_state(&state)?;
     let ca = server.ca_pem();
-    let client = |user: &str| server.client(user);
+    let client = |user: &str| local_client(&server, user);
     say(&format!("API server  https://{api_address}"));
 
-    let observer = Observer::new();
     let controllers = portolan_controller::Config { cluster_ca: Some(ca.clone()), ..Default::default() };
     let controller_client = client("system:kube-controller-manager");
     parts.spawn(
@@ -239,6 +240,7 @@ async fn compose(
     );
 
     let images = portolan_node::ImageStore::open(data.join("images")).context("cannot open the image store")?;
+    let proxy_metrics = observer.register(portolan_dataplane::Metrics::register);
     for node in &fabric.nodes {
         let config = portolan_node::NodeConfig {
             name: node.name.clone(),
@@ -261,10 +263,10 @@ async fn compose(
         let kubelet = portolan_node::Kubelet::start(config, client(&user), observer.clone(), shutdown.clone())
             .await
             .with_context(|| format!("cannot start {}", node.name))?;
-        let kubelet = Arc::new(kubelet);
         dialer.add(node.name.clone(), kubelet.clone());
         parts.kubelets.push(kubelet);
-        let agent = portolan_dataplane::AgentConfig::new(node.name.clone(), node.netns.clone());
+        let mut agent = portolan_dataplane::AgentConfig::new(node.name.clone(), node.netns.clone(), "vp");
+        agent.metrics = Some(proxy_metrics.clone());
         let agent_client = client("system:kube-proxy");
         parts.spawn(
             "service proxy",
@@ -332,6 +334,12 @@ async fn compose(
         say("press Ctrl-C to stop it");
     }
     Ok(())
+}
+
+/// A client of the server in this process, acting as a component of the cluster.
+pub fn local_client(server: &portolan_apiserver::Server, user: &str) -> kube::Client {
+    let user = portolan_apiserver::User::new(user, &["system:masters"]);
+    kube::Client::new(server.local_service(user), "default")
 }
 
 /// A line for the person or parent process that waits; nobody listening is no error.
