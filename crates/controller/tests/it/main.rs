@@ -1,0 +1,298 @@
+//! The controllers against the embedded API server, in one process and without nodes: the test plays the kubelet.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment, ReplicaSet, StatefulSet};
+use k8s_openapi::api::core::v1::{ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::Client;
+use portolan_apiserver::{Server, ServerConfig, User};
+use portolan_controller::Config;
+use portolan_observe::Observer;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+/// How long anything may take before a test gives up.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+struct Cluster {
+    client: Client,
+    shutdown: CancellationToken,
+    _server: Arc<Server>,
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+impl Cluster {
+    async fn start() -> Cluster {
+        portolan_observe::init_tracing("warn");
+        let server = Arc::new(Server::start(ServerConfig::new("203.0.113.10:6443".parse().unwrap())).await.unwrap());
+        let client = |user: &str| Client::new(server.local_service(User::new(user, &["system:masters"])), "default");
+        let shutdown = CancellationToken::new();
+        let observer = Observer::new();
+        let gate = observer.gate("test");
+        let config = Config { cluster_ca: Some(server.ca_pem()), ..Default::default() };
+        let run = portolan_controller::run(config, client("system:kube-controller-manager"), observer.clone(), shutdown.clone());
+        tokio::spawn(async move {
+            gate.ready();
+            run.await.expect("the controllers run until they are stopped");
+        });
+        observer.wait_ready().await;
+        let cluster = Cluster { client: client("test"), shutdown, _server: server };
+        for name in ["node-1", "node-2"] {
+            let zone = if name == "node-1" { "zone-a" } else { "zone-b" };
+            let node: Node = from(json!({"metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone}},
+                "status": {"conditions": [{"type": "Ready", "status": "True"}]}}));
+            Api::all(cluster.client.clone()).create(&PostParams::default(), &node).await.unwrap();
+        }
+        eventually("the default service account", async || {
+            cluster.api::<ServiceAccount>().get_opt("default").await.unwrap()
+        })
+        .await;
+        cluster
+    }
+
+    fn api<K>(&self) -> Api<K>
+    where
+        K: kube::Resource<Scope = kube::core::NamespaceResourceScope, DynamicType = ()>,
+    {
+        Api::namespaced(self.client.clone(), "default")
+    }
+
+    async fn create<K>(&self, object: Value) -> K
+    where
+        K: kube::Resource<Scope = kube::core::NamespaceResourceScope, DynamicType = ()>
+            + serde::Serialize
+            + serde::de::DeserializeOwned
+            + Clone
+            + std::fmt::Debug,
+    {
+        self.api::<K>().create(&PostParams::default(), &from(object)).await.unwrap()
+    }
+
+    async fn pods(&self, labels: &str) -> Vec<Pod> {
+        self.api::<Pod>().list(&ListParams::default().labels(labels)).await.unwrap().items
+    }
+
+    /// What a kubelet does when the containers are up.
+    async fn make_ready(&self, pod: &Pod, ip: &str) {
+        let conditions = ["Initialized", "Ready", "ContainersReady", "PodScheduled"]
+            .map(|kind| json!({"type": kind, "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}));
+        let status = json!({"status": {"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}], "conditions": conditions}});
+        let name = pod.metadata.name.as_deref().unwrap();
+        self.api::<Pod>().patch_status(name, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
+    }
+
+    /// What a kubelet does when the containers have ended.
+    async fn finish_deletion(&self, name: &str) {
+        let params = DeleteParams { grace_period_seconds: Some(0), ..Default::default() };
+        self.api::<Pod>().delete(name, &params).await.unwrap();
+    }
+}
+
+fn from<K: serde::de::DeserializeOwned>(value: Value) -> K {
+    serde_json::from_value(value).unwrap()
+}
+
+/// Asks until there is an answer; a deadline failure says what was waited for.
+async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(start.elapsed() < DEADLINE, "waited {DEADLINE:?} for {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+fn deployment(name: &str, replicas: i32, image: &str) -> Value {
+    json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name},
+        "spec": {"replicas": replicas, "selector": {"matchLabels": {"app": name}},
+            "template": {"metadata": {"labels": {"app": name}}, "spec": {"containers": [{"name": "c", "image": image}]}}}
+    })
+}
+
+fn name(pod: &Pod) -> String {
+    pod.metadata.name.clone().unwrap()
+}
+
+fn node(pod: &Pod) -> Option<String> {
+    pod.spec.as_ref()?.node_name.clone()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deployment_becomes_endpoints() {
+    let cluster = Cluster::start().await;
+    let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+        "spec": {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]}});
+    cluster.create::<Service>(service).await;
+    let applied = Instant::now();
+    cluster.create::<Deployment>(deployment("web", 3, "x:1")).await;
+    let pods = eventually("three bound pods", async || {
+        let pods = cluster.pods("app=web").await;
+        (pods.len() == 3 && pods.iter().all(|p| node(p).is_some())).then_some(pods)
+    })
+    .await;
+    eprintln!("deployment created to three pods bound: {:?}", applied.elapsed());
+    let nodes: BTreeSet<_> = pods.iter().filter_map(node).collect();
+    assert_eq!(nodes.len(), 2, "pods of one owner spread over the nodes");
+    for (n, pod) in pods.iter().enumerate() {
+        cluster.make_ready(pod, &format!("10.244.1.{}", n + 10)).await;
+    }
+    let readied = Instant::now();
+    let ready_endpoints = async || {
+        let of_web = ListParams::default().labels("kubernetes.io/service-name=web");
+        let slices = cluster.api::<EndpointSlice>().list(&of_web).await.unwrap().items;
+        assert!(slices.len() <= 1, "one slice is enough");
+        let endpoints = slices.into_iter().flat_map(|s| s.endpoints.unwrap_or_default());
+        endpoints.filter(|e| e.conditions.as_ref().unwrap().ready == Some(true)).count()
+    };
+    eventually("three ready endpoints", async || (ready_endpoints().await == 3).then_some(())).await;
+    eprintln!("last pod ready to endpoint slice: {:?}", readied.elapsed());
+    let endpoints = eventually("three addresses in Endpoints", async || {
+        let endpoints = cluster.api::<Endpoints>().get_opt("web").await.unwrap()?;
+        let subsets = endpoints.subsets.unwrap_or_default();
+        (subsets.iter().flat_map(|s| s.addresses.iter().flatten()).count() == 3).then_some(subsets)
+    })
+    .await;
+    assert_eq!(endpoints[0].ports.as_ref().unwrap()[0].port, 8080);
+    eventually("the Deployment to be available", async || {
+        let status = cluster.api::<Deployment>().get("web").await.unwrap().status?;
+        let progressing = status.conditions?.into_iter().find(|c| c.type_ == "Progressing")?;
+        (status.available_replicas == Some(3) && progressing.reason.as_deref() == Some("NewReplicaSetAvailable")).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rollout_keeps_pods_available_and_ends_with_new_ones() {
+    let cluster = Cluster::start().await;
+    cluster.create::<Deployment>(deployment("web", 4, "x:1")).await;
+    let mut serial = 0;
+    // Plays the kubelet until the wanted image runs everywhere, checking the bounds (25 percent of 4 is 1 either way).
+    let mut roll = async |image: &str| {
+        eventually("the rollout to end", async || {
+            let pods = cluster.pods("app=web").await;
+            let (leaving, staying): (Vec<_>, Vec<_>) =
+                pods.into_iter().partition(|p| p.metadata.deletion_timestamp.is_some());
+            for pod in &leaving {
+                cluster.finish_deletion(&name(pod)).await;
+            }
+            assert!(staying.len() <= 5, "more pods than maxSurge allows");
+            for pod in staying.iter().filter(|p| node(p).is_some() && p.status.as_ref().unwrap().pod_ip.is_none()) {
+                serial += 1;
+                cluster.make_ready(pod, &format!("10.244.1.{}", serial + 1)).await;
+            }
+            let of = |p: &Pod| p.spec.as_ref().unwrap().containers[0].image.clone();
+            let status = cluster.api::<Deployment>().get("web").await.unwrap().status?;
+            let done = staying.len() == 4 && staying.iter().all(|p| of(p).as_deref() == Some(image));
+            (done && leaving.is_empty() && status.available_replicas == Some(4) && status.updated_replicas == Some(4)).then_some(())
+        })
+        .await;
+    };
+    roll("x:1").await;
+    let image = json!({"spec": {"template": {"spec": {"containers": [{"name": "c", "image": "x:2"}]}}}});
+    cluster.api::<Deployment>().patch("web", &PatchParams::default(), &Patch::Strategic(image)).await.unwrap();
+    roll("x:2").await;
+    let sets = cluster.api::<ReplicaSet>().list(&ListParams::default()).await.unwrap().items;
+    let mut revisions: Vec<(String, i32)> = sets
+        .iter()
+        .map(|s| {
+            let revision = s.metadata.annotations.as_ref().unwrap()["deployment.kubernetes.io/revision"].clone();
+            (revision, s.spec.as_ref().unwrap().replicas.unwrap())
+        })
+        .collect();
+    revisions.sort();
+    assert_eq!(revisions, [("1".to_string(), 0), ("2".to_string(), 4)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stateful_set_goes_in_order() {
+    let cluster = Cluster::start().await;
+    let set = json!({"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": "db"},
+        "spec": {"replicas": 2, "serviceName": "dbsvc", "selector": {"matchLabels": {"app": "db"}},
+            "template": {"metadata": {"labels": {"app": "db"}}, "spec": {"containers": [{"name": "c", "image": "x:1"}]}}}});
+    cluster.create::<StatefulSet>(set).await;
+    let first = eventually("db-0 on a node", async || {
+        cluster.api::<Pod>().get_opt("db-0").await.unwrap().filter(|p| node(p).is_some())
+    })
+    .await;
+    assert!(cluster.api::<Pod>().get_opt("db-1").await.unwrap().is_none(), "db-1 waits for db-0");
+    cluster.make_ready(&first, "10.244.1.2").await;
+    let second = eventually("db-1 on a node", async || {
+        cluster.api::<Pod>().get_opt("db-1").await.unwrap().filter(|p| node(p).is_some())
+    })
+    .await;
+    cluster.make_ready(&second, "10.244.2.2").await;
+    eventually("status", async || {
+        let status = cluster.api::<StatefulSet>().get("db").await.unwrap().status?;
+        (status.ready_replicas == Some(2) && status.current_replicas == Some(2)).then_some(())
+    })
+    .await;
+    assert_eq!(cluster.api::<ControllerRevision>().list(&ListParams::default()).await.unwrap().items.len(), 1);
+    // Deleting the set takes everything along.
+    cluster.api::<StatefulSet>().delete("db", &DeleteParams::background()).await.unwrap();
+    eventually("all to be collected", async || {
+        for pod in cluster.pods("app=db").await {
+            if pod.metadata.deletion_timestamp.is_some() {
+                cluster.finish_deletion(&name(&pod)).await;
+            }
+        }
+        let revisions = cluster.api::<ControllerRevision>().list(&ListParams::default()).await.unwrap().items;
+        (cluster.pods("app=db").await.is_empty() && revisions.is_empty()).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_without_a_fitting_node_says_why_and_is_scheduled_when_one_fits() {
+    let cluster = Cluster::start().await;
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"},
+        "spec": {"nodeSelector": {"disk": "ssd"}, "containers": [{"name": "c", "image": "x"}]}});
+    cluster.create::<Pod>(pod).await;
+    let told = eventually("the PodScheduled condition", async || {
+        let conditions = cluster.api::<Pod>().get("p").await.unwrap().status?.conditions?;
+        conditions.into_iter().find(|c| c.type_ == "PodScheduled" && c.status == "False")
+    })
+    .await;
+    assert_eq!(told.reason.as_deref(), Some("Unschedulable"));
+    assert!(told.message.unwrap().starts_with("0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector."));
+    let nodes: Api<Node> = Api::all(cluster.client.clone());
+    let label = json!({"metadata": {"labels": {"disk": "ssd"}}});
+    nodes.patch("node-2", &PatchParams::default(), &Patch::Merge(label)).await.unwrap();
+    let bound = eventually("the pod on a node", async || node(&cluster.api::<Pod>().get("p").await.unwrap())).await;
+    assert_eq!(bound, "node-2");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_namespace_empties_and_goes() {
+    let cluster = Cluster::start().await;
+    let namespaces: Api<Namespace> = Api::all(cluster.client.clone());
+    namespaces.create(&PostParams::default(), &from(json!({"metadata": {"name": "team"}}))).await.unwrap();
+    let maps: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), "team");
+    eventually("the root certificate", async || maps.get_opt("kube-root-ca.crt").await.unwrap()).await;
+    let held = json!({"metadata": {"name": "held", "finalizers": ["example.com/hold"]}});
+    maps.create(&PostParams::default(), &from(held)).await.unwrap();
+    let deployments: Api<Deployment> = Api::namespaced(cluster.client.clone(), "team");
+    deployments.create(&PostParams::default(), &from(deployment("web", 0, "x"))).await.unwrap();
+    namespaces.delete("team", &DeleteParams::default()).await.unwrap();
+    let remaining = eventually("the conditions", async || {
+        let conditions = namespaces.get("team").await.unwrap().status?.conditions?;
+        conditions.into_iter().find(|c| c.type_ == "NamespaceFinalizersRemaining" && c.status == "True")
+    })
+    .await;
+    assert!(remaining.message.unwrap().contains("example.com/hold in 1 resource instances"));
+    maps.patch("held", &PatchParams::default(), &Patch::Merge(json!({"metadata": {"finalizers": null}}))).await.unwrap();
+    let released = Instant::now();
+    eventually("the namespace to go", async || namespaces.get_opt("team").await.unwrap().is_none().then_some(())).await;
+    eprintln!("last object released to namespace gone: {:?}", released.elapsed());
+}
