@@ -113,7 +113,7 @@ fn service_range(txn: &mut Txn, boot: &Boot<'_>, config: &ServerConfig, now: Tim
     if let Some(object) = txn.get(SERVICE_CIDRS, &key).cloned() {
         let mut new = object.value.clone();
         new["status"] = status;
-        txn.put(SERVICE_CIDRS, &key, new);
+        put_range(boot.pipeline.server, txn, &key, new);
     }
     Ok(())
 }

@@ -10,6 +10,8 @@ use bytes::Bytes;
 use portolan_api::kinds::{Kind, Registry};
 use portolan_api::openapi::CustomSchema;
 use portolan_api::schema::DocumentType;
+use serde_json::Value;
+use sha2::Digest as _;
 
 use crate::convert;
 
@@ -28,6 +30,25 @@ pub struct Entry {
     pub converts: bool,
     /// Fields a custom kind offers to field selectors.
     pub selectable_fields: Vec<String>,
+    /// What its definition says of a custom kind.
+    pub custom: Option<Arc<Custom>>,
+}
+
+/// What a CustomResourceDefinition says about one version of its kind.
+#[derive(Clone, Debug, Default)]
+pub struct Custom {
+    /// `openAPIV3Schema`.
+    pub schema: Value,
+    /// `additionalPrinterColumns`.
+    pub printer_columns: Vec<Value>,
+    /// Where the replicas are, if the scale subresource is served.
+    pub scale: Option<crate::server::ScalePaths>,
+    /// Fields for field selectors.
+    pub selectable_fields: Vec<String>,
+    /// The version in which objects are stored.
+    pub storage_version: String,
+    /// Text of the warning for a deprecated version.
+    pub deprecation: Option<String>,
 }
 
 /// A document that is made once and then sent again and again.
@@ -44,7 +65,7 @@ pub struct Document {
 impl Document {
     /// Hashes and compresses a document.
     pub fn new(bytes: Vec<u8>) -> Document {
-        let hash = portolan_api::openapi::hash(&bytes);
+        let hash = sha2::Sha512::digest(&bytes).iter().map(|byte| format!("{byte:02X}")).collect();
         let gzip = crate::server::gzip(&bytes);
         Document { bytes: Bytes::from(bytes), gzip: Bytes::from(gzip), hash }
     }
@@ -66,20 +87,27 @@ pub struct Catalog {
 impl Catalog {
     /// The built-in kinds.
     pub fn builtin() -> Catalog {
-        Catalog::new(Registry::builtin(), Vec::new())
+        Catalog::new(Registry::builtin(), &BTreeMap::new())
     }
 
-    /// The kinds of a registry; `schemas` has those of its custom kinds.
-    pub fn new(registry: Registry, schemas: Vec<CustomSchema>) -> Catalog {
+    /// The kinds of a registry; `customs` has what definitions say of its custom kinds, by group, version and plural.
+    pub fn new(registry: Registry, customs: &BTreeMap<(String, String, String), Arc<Custom>>) -> Catalog {
         let mut entries = BTreeMap::new();
+        let mut schemas = Vec::new();
         for kind in registry.iter() {
-            let ty = if kind.custom {
-                schemas
-                    .iter()
-                    .find(|s| s.group == kind.group && s.version == kind.version && s.kind == kind.kind)
-                    .and_then(|s| DocumentType::custom(&s.group, &s.version, &s.kind, &s.schema).ok())
-            } else {
-                DocumentType::of(kind)
+            let key = (kind.group.clone(), kind.version.clone(), kind.plural.clone());
+            let custom = customs.get(&key).cloned();
+            let ty = match &custom {
+                Some(custom) => {
+                    schemas.push(CustomSchema {
+                        group: kind.group.clone(),
+                        version: kind.version.clone(),
+                        kind: kind.kind.clone(),
+                        schema: custom.schema.clone(),
+                    });
+                    DocumentType::custom(&kind.group, &kind.version, &kind.kind, &custom.schema).ok()
+                }
+                None => DocumentType::of(kind),
             };
             let collection = registry.storage_of(kind).map(|stored| stored.qualified_resource()).unwrap_or_default();
             let prefix = format!("{{\"apiVersion\":\"{}\",\"kind\":\"{}\",", kind.api_version(), kind.kind);
@@ -89,18 +117,12 @@ impl Catalog {
                 collection: Arc::from(collection),
                 prefix: Arc::from(prefix),
                 converts: convert::converts(kind),
-                selectable_fields: Vec::new(),
+                selectable_fields: custom.as_ref().map(|custom| custom.selectable_fields.clone()).unwrap_or_default(),
+                custom,
             };
-            let key = (kind.group.clone(), kind.version.clone(), kind.plural.clone());
             entries.insert(key, Arc::new(entry));
         }
-        Catalog {
-            registry,
-            schemas,
-            entries,
-            documents: std::sync::Mutex::default(),
-            openapi: OnceLock::new(),
-        }
+        Catalog { registry, schemas, entries, documents: std::sync::Mutex::default(), openapi: OnceLock::new() }
     }
 
     /// The kind at a group, version and plural resource name.
@@ -126,7 +148,6 @@ impl Catalog {
 
     /// Where the replicas of a custom kind are, if its definition says.
     pub fn custom_scale(&self, kind: &Kind) -> Option<crate::server::ScalePaths> {
-        let _ = kind;
-        None
+        self.entry(&kind.group, &kind.version, &kind.plural)?.custom.as_ref()?.scale.clone()
     }
 }

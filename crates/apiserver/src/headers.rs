@@ -17,21 +17,37 @@ pub fn add_warnings(headers: &mut HeaderMap, warnings: &[String]) {
         if total > MAX_WARNING_BYTES {
             return;
         }
-        let mut text = String::with_capacity(warning.len() + 10);
-        text.push_str("299 - \"");
-        for c in warning.chars() {
-            match c {
-                '"' | '\\' => {
-                    text.push('\\');
-                    text.push(c);
-                }
-                c if c.is_control() => text.push(' '),
-                c => text.push(c),
+        append(headers, warning);
+    }
+}
+
+/// Adds a warning unless the answer has it already.
+pub fn add_warning_once(headers: &mut HeaderMap, warning: &str) {
+    let value = header_text(warning);
+    if !headers.get_all(WARNING).iter().any(|present| present.as_bytes() == value.as_bytes()) {
+        append(headers, warning);
+    }
+}
+
+fn append(headers: &mut HeaderMap, warning: &str) {
+    if let Ok(value) = HeaderValue::from_bytes(header_text(warning).as_bytes()) {
+        headers.append(WARNING, value);
+    }
+}
+
+fn header_text(warning: &str) -> String {
+    let mut text = String::with_capacity(warning.len() + 10);
+    text.push_str("299 - \"");
+    for c in warning.chars() {
+        match c {
+            '"' | '\\' => {
+                text.push('\\');
+                text.push(c);
             }
-        }
-        text.push('"');
-        if let Ok(value) = HeaderValue::from_bytes(text.as_bytes()) {
-            headers.append(WARNING, value);
+            c if c.is_control() => text.push(' '),
+            c => text.push(c),
         }
     }
+    text.push('"');
+    text
 }

@@ -564,13 +564,28 @@ async fn route(
         body,
         now,
     };
+    let deprecated = deprecation(&call.entry);
     match tokio::time::timeout(REQUEST_TIMEOUT, verbs::run(call)).await {
-        Ok(answer) => answer,
+        Ok(Ok(mut answer)) => {
+            if let Some(text) = deprecated {
+                crate::headers::add_warning_once(answer.headers_mut(), &text);
+            }
+            Ok(answer)
+        }
+        Ok(Err(status)) => Err(status),
         Err(_) => {
             let text = "Timeout: request did not complete within the allotted timeout";
             Err(Status::new(504, "Timeout", text))
         }
     }
+}
+
+/// What clients are told about a deprecated kind with every answer.
+fn deprecation(entry: &Entry) -> Option<String> {
+    if entry.kind.is("", "Endpoints") {
+        return Some(portolan_api::validation::ENDPOINTS_DEPRECATED.to_owned());
+    }
+    entry.custom.as_ref()?.deprecation.clone()
 }
 
 /// The kind a target names, or how to say that there is none (`None` for the plain page).

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::alphabet::URL_SAFE;
+use base64::engine::general_purpose::{GeneralPurpose, NO_PAD, URL_SAFE_NO_PAD};
 use http::Response;
 use portolan_api::status::Status;
 use serde_json::{Value, json};
@@ -46,6 +47,10 @@ pub fn get(call: &Call) -> Result<Response<Body>, Status> {
     render::object(call, 200, object)
 }
 
+/// Reads tokens as leniently as Go does.
+const LENIENT: GeneralPurpose =
+    GeneralPurpose::new(&URL_SAFE, NO_PAD.with_decode_allow_trailing_bits(true));
+
 /// Where a page begins.
 struct Continue {
     /// Revision of the list; 0 for "whatever is there now".
@@ -67,7 +72,7 @@ fn encode_token(revision: u64, last: &Key) -> String {
 
 fn decode_token(token: &str, namespaced: bool) -> Result<Continue, Status> {
     let bad = |why: &str| Status::bad_request(format!("invalid continue token: continue key is not valid: {why}"));
-    let bytes = URL_SAFE_NO_PAD.decode(token.trim_end_matches('=')).map_err(|error| bad(&error.to_string()))?;
+    let bytes = LENIENT.decode(token.trim_end_matches('=')).map_err(|error| bad(&error.to_string()))?;
     let value: Value = serde_json::from_slice(&bytes).map_err(|error| match bytes.first() {
         Some(first) if !first.is_ascii() => {
             bad(&format!("invalid character '\\u{:04x}' looking for beginning of value", first))

@@ -69,7 +69,25 @@ pub fn include(call: &Call) -> Result<Include, Status> {
         "" | "Metadata" => Ok(Include::Metadata),
         "None" => Ok(Include::None),
         "Object" => Ok(Include::Object),
-        other => Err(Status::bad_request(format!("unrecognized includeObject value: {}", portolan_api::status::quoted(other)))),
+        other => Err(Status::bad_request(format!(
+            "Unable to convert to Table as requested: includeObject: Invalid value: {}: must be 'Metadata', 'Object', 'None', \
+             or empty",
+            portolan_api::status::quoted(other)
+        ))),
+    }
+}
+
+fn columns(entry: &Entry) -> Vec<table::Column> {
+    match &entry.custom {
+        Some(custom) => table::custom_columns(&custom.printer_columns),
+        None => table::columns(&entry.kind),
+    }
+}
+
+fn row(entry: &Entry, object: &Value, now: Timestamp) -> table::Row {
+    match &entry.custom {
+        Some(custom) => table::custom_row(&custom.printer_columns, object, now),
+        None => table::row(&entry.kind, object, now),
     }
 }
 
@@ -83,25 +101,14 @@ pub fn table<'a>(
     with_columns: bool,
     now: Timestamp,
 ) -> Value {
-    let columns: Vec<Value> = if with_columns {
-        table::columns(&entry.kind)
-            .into_iter()
-            .map(|column| {
-                json!({
-                    "name": column.name,
-                    "type": column.type_,
-                    "format": column.format,
-                    "description": column.description,
-                    "priority": column.priority,
-                })
-            })
-            .collect()
+    let columns: Value = if with_columns {
+        columns(entry).iter().map(table::Column::to_value).collect()
     } else {
-        Vec::new()
+        Value::Null
     };
     let rows: Vec<Value> = objects
         .map(|object| {
-            let row = table::row(&entry.kind, &object, now);
+            let row = row(entry, &object, now);
             let mut value = json!({"cells": row.cells});
             if !row.conditions.is_empty() {
                 value["conditions"] = Value::Array(row.conditions);

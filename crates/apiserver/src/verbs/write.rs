@@ -95,6 +95,9 @@ impl Pipeline<'_> {
         }
         defaulting::default(ty, &mut new);
         let generated = self.name(txn, entry, namespace, &mut new)?;
+        // What the server adds from here on belongs to no field manager.
+        strategy::prepare_create(kind, &mut new);
+        self.track(ty, None, &mut new, change);
         self.server.admission.create(kind, &mut new, txn.state())?;
         let changes = if kind.is("", "Service") {
             let plan = self.server.pools.lock().plan_create(kind, &mut new, change.dry_run, &mut services::pick)?;
@@ -112,15 +115,17 @@ impl Pipeline<'_> {
         }
         let name = meta::name(&new).to_owned();
         let key = Key::new(namespace, &name);
-        if txn.get(&entry.collection, &key).is_some() {
-            return Err(if generated {
-                Status::no_unique_name(kind, &name)
-            } else {
-                Status::already_exists(kind, &name)
-            });
+        if let Some(present) = txn.get(&entry.collection, &key) {
+            if generated {
+                return Err(Status::no_unique_name(kind, &name));
+            }
+            let mut status = Status::already_exists(kind, &name);
+            if meta::is_deleting(&present.value) {
+                status.message = format!("object is being deleted: {}", status.message);
+            }
+            return Err(status);
         }
         admission::stamp(&mut new, self.now);
-        self.track(ty, None, &mut new, change);
         let object = self.put(txn, entry, &key, new)?;
         if let Some(changes) = changes {
             self.addresses(txn, &changes, namespace, &name, change.dry_run)?;
@@ -248,7 +253,11 @@ impl Pipeline<'_> {
             None
         };
         strategy::prepare_update(kind, &mut new, &old_value, change.subresource);
-        let faults = validation::validate_update(kind, &new, &old_value, change.subresource);
+        // A binding changes what an update may not; its own rules have been checked.
+        let faults = match change.subresource {
+            Some("binding") => Vec::new(),
+            subresource => validation::validate_update(kind, &new, &old_value, subresource),
+        };
         if !faults.is_empty() {
             return Err(Status::invalid(kind, &name, &faults));
         }
@@ -257,10 +266,11 @@ impl Pipeline<'_> {
             return Ok((old.clone(), false));
         }
         if is_finished(kind, &new) {
-            // The last finalizer is gone: the write completes the deletion.
-            self.put(txn, entry, &key, new)?;
+            // The last finalizer is gone: the write completes the deletion. Watchers see the state before it, the
+            // writer sees its own.
             let last = self.remove(txn, entry, &key, change.dry_run)?;
-            return Ok((last, true));
+            let shown = Object::new(convert::to_storage(kind, new), last.revision);
+            return Ok((Arc::new(shown), true));
         }
         let object = self.put(txn, entry, &key, new)?;
         if let Some(changes) = changes {
@@ -300,14 +310,45 @@ pub fn scope(call: &Call, new: &mut Value) -> Result<(), Status> {
         meta::remove(new, &["metadata", "namespace"]);
         return Ok(());
     }
+    check_scope(call, new)?;
+    meta::set(new, &["metadata", "namespace"], json!(call.namespace()));
+    Ok(())
+}
+
+/// Refuses a document of another namespace than the URL's.
+fn check_scope(call: &Call, new: &Value) -> Result<(), Status> {
     let given = meta::namespace(new);
-    if !given.is_empty() && given != call.namespace() {
+    if call.entry.kind.namespaced && !given.is_empty() && given != call.namespace() {
         return Err(Status::bad_request(
             "the namespace of the provided object does not match the namespace sent on the request",
         ));
     }
-    meta::set(new, &["metadata", "namespace"], json!(call.namespace()));
     Ok(())
+}
+
+/// Removes owner references that occur twice, with the warning of the reference implementation.
+fn unique_owners(new: &mut Value, warnings: &mut Vec<String>) {
+    let references = meta::list(new, &["metadata", "ownerReferences"]);
+    let mut kept: Vec<Value> = Vec::with_capacity(references.len());
+    let mut twice: Vec<&str> = Vec::new();
+    for reference in references {
+        if kept.contains(reference) {
+            twice.push(meta::text(reference, &["uid"]));
+        } else {
+            kept.push(reference.clone());
+        }
+    }
+    if twice.is_empty() {
+        return;
+    }
+    twice.sort_unstable();
+    twice.dedup();
+    warnings.push(format!(
+        ".metadata.ownerReferences contains duplicate entries; API server dedups owner references in 1.20+, and may reject \
+         such requests as early as 1.24; please fix your requests; duplicate UID(s) observed: {}",
+        twice.join(", ")
+    ));
+    meta::set(new, &["metadata", "ownerReferences"], Value::Array(kept));
 }
 
 /// Checks that a document names the object of the URL.
@@ -364,6 +405,7 @@ pub async fn create(call: &Call) -> Result<Response<Body>, Status> {
     let options = WriteOptions::parse(&call.query, "CreateOptions", false)?;
     let Admitted { value: mut new, mut warnings } = decoded(call, options)?;
     scope(call, &mut new)?;
+    unique_owners(&mut new, &mut warnings);
     if call.entry.kind.is("", "Pod") {
         wait_for_account(call, &new).await;
     }
@@ -409,6 +451,7 @@ pub async fn update(call: &Call, subresource: Option<&str>) -> Result<Response<B
     let Admitted { value: mut new, mut warnings } = decoded(call, options)?;
     named(call, &mut new)?;
     scope(call, &mut new)?;
+    unique_owners(&mut new, &mut warnings);
     let entry = &call.entry;
     let kind = &entry.kind;
     let manager = call.manager();
@@ -498,6 +541,7 @@ pub async fn patch(call: &Call, subresource: Option<&str>) -> Result<Response<Bo
                 patch::patch(ty, patch_type, &current, &call.body, options.validation)?;
             warnings = found;
             same_object(call, &current, &mut new)?;
+            unique_owners(&mut new, &mut warnings);
             warnings.extend(validation::warnings(kind, &new, Some(&current)));
             call.pipeline().update(txn, entry, &old, new, change)
         })
@@ -532,9 +576,9 @@ async fn apply_patch(
     let entry = &call.entry;
     let kind = &entry.kind;
     let ty = document_type(entry)?;
-    let mut applied = apply::decode(ty, &call.body, call.name())?;
+    let applied = apply::decode(ty, &call.body, call.name())?;
     let mut warnings = Vec::new();
-    scope(call, &mut applied)?;
+    check_scope(call, &applied)?;
     let manager = call.manager();
     let force = call.query.flag("force");
     let now = meta::format_time(call.now);
@@ -555,7 +599,9 @@ async fn apply_patch(
                         let why = "uid mismatch: the provided object specified uid";
                         return Err(Status::conflict(kind, call.name(), format!("{why} {}, and no existing object was found", meta::uid(&applied))));
                     }
-                    let new = apply::apply(ty, None, &applied, manager, force)?;
+                    let mut new = apply::apply(ty, None, &applied, manager, force)?;
+                    scope(call, &mut new)?;
+                    meta::remove(&mut new, &["metadata", "resourceVersion"]);
                     more = validation::warnings(kind, &new, None);
                     pipeline.create(txn, entry, call.namespace(), new, change).map(Written::Made)
                 }
