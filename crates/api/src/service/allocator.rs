@@ -107,7 +107,10 @@ impl ServiceAllocator {
             .collect();
         let ready = meta::list(object, &["status", "conditions"])
             .iter()
-            .any(|c| meta::text(c, &["type"]) == "Ready" && meta::text(c, &["status"]) == "True");
+            .find(|c| meta::text(c, &["type"]) == "Ready")
+            .map(|c| meta::text(c, &["status"]) == "True");
+        // The configured ranges are in use from the start; added ones when they are found to be ready.
+        let ready = ready.unwrap_or(meta::name(object) == DEFAULT_CIDR);
         let usable = ready && !meta::is_deleting(object);
         self.ranges.insert(meta::name(object).to_owned(), Range { nets, usable });
     }

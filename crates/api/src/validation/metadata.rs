@@ -141,7 +141,8 @@ pub(super) fn update(faults: &mut Faults, kind: &Kind, new: &Value, old: &Value)
             .filter(|f| !before.contains(f))
             .map(|f| crate::status::quoted(f.as_str().unwrap_or_default()))
             .collect();
-        if !added.is_empty() {
+        // Checked at two levels, so it is reported twice among the causes, as the uid below.
+        for _ in 0..if added.is_empty() { 0 } else { 2 } {
             faults.forbidden(
                 "metadata.finalizers",
                 format!(
@@ -154,7 +155,6 @@ pub(super) fn update(faults: &mut Faults, kind: &Kind, new: &Value, old: &Value)
     for field in ["name", "namespace", "uid", "creationTimestamp"] {
         let (new, old) = (get(new, field), get(old, field));
         if !same(&new, &old) {
-            // The uid is checked at two levels, so it is reported twice among the causes.
             for _ in 0..if field == "uid" { 2 } else { 1 } {
                 faults.invalid(format!("metadata.{field}"), new.clone(), "field is immutable");
             }

@@ -13,6 +13,7 @@ use crate::service as svc;
 /// The warning on every request about Endpoints objects.
 pub const ENDPOINTS_DEPRECATED: &str = "v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice";
 
+/// Reads a document before or after defaulting; what is not there is not warned of.
 pub(super) fn of(kind: &Kind, new: &Value, old: Option<&Value>) -> Vec<String> {
     let mut texts = Vec::new();
     match (kind.group.as_str(), kind.kind.as_str()) {
@@ -49,13 +50,17 @@ fn service(texts: &mut Vec<String>, new: &Value) {
         if !external_ips.is_empty() {
             texts.push("spec.externalIPs is ignored for headless services".to_owned());
         }
-        if meta::text(new, &["spec", "sessionAffinity"]) != "None" {
+        if meta::text(new, &["spec", "sessionAffinity"]) == "ClientIP" {
             texts.push("spec.SessionAffinity is ignored for headless services".to_owned());
         }
         return;
     }
     let external_name = svc::service_type(new) == "ExternalName";
-    for (i, ip) in svc::cluster_ips(new).into_iter().enumerate() {
+    let cluster_ips = match svc::cluster_ips(new) {
+        none if none.is_empty() => vec![meta::text(new, &["spec", "clusterIP"])],
+        ips => ips,
+    };
+    for (i, ip) in cluster_ips.into_iter().enumerate() {
         noncanonical_ip(texts, &format!("spec.clusterIPs[{i}]"), ip);
     }
     for (i, ip) in external_ips.iter().enumerate() {

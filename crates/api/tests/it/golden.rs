@@ -11,6 +11,7 @@ const NOT_HERE: &[(&str, &str)] = &[
     ("ingress-validation-empty", "an empty list is printed as null, because decoding drops it"),
     ("pod-validation-update", "the appended diff shows the document, not the reference implementation's structures"),
     ("pod-validation-ephemeral", "as pod-validation-update"),
+    ("api-errors-ownerrefs", "repeated owner references are taken out before this pipeline"),
     ("api-list-field-namespaces", "the case's own namespace is not an object here"),
 ];
 
@@ -106,7 +107,7 @@ fn concerns_us(case: &Value) -> bool {
         let text = |key: &str| step.get(key).and_then(Value::as_str).unwrap_or_default();
         let path = text("path");
         // Watches, pages, and what the store does by itself.
-        let beyond = ["watch=", "/scale", "limit=", "includeObject", "fieldValidation=Strict", "/jobs"];
+        let beyond = ["watch=", "/scale", "limit=", "includeObject", "fieldValidation=Strict"];
         let accept = text("accept");
         let whole_collection = text("method") == "DELETE" && path.contains("Selector");
         let lifecycle = text("method") == "DELETE" && (path.contains("/pods/") || path.matches('/').count() == 4);

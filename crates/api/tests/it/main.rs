@@ -5,4 +5,5 @@
 //! garbage collection, server-side apply) is replayed against the real server elsewhere.
 
 mod golden;
+mod hostile;
 mod server;

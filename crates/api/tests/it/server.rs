@@ -102,7 +102,7 @@ impl Server {
         server
     }
 
-    /// Answers a request, or `None` if it is beyond this stand-in.
+    /// Answers a request.
     pub fn call(&mut self, method: &str, path: &str, type_: &str, accept: &str, body: Value) -> Answer {
         let Some(call) = self.parse(path, type_, accept, body) else { return (404, Value::Null, 0) };
         let warned_always = usize::from(call.kind.is("", "Endpoints"));
@@ -284,7 +284,6 @@ impl Server {
         } else {
             Changes::default()
         };
-        let deduped = usize::from(strategy::dedup_owner_references(&mut new).is_some());
         strategy::prepare_create(&kind, &mut new);
         let faults = validation::validate_create(&kind, &new);
         let name = meta::name(&new).to_owned();
@@ -294,8 +293,9 @@ impl Server {
         if self.objects.contains_key(&Self::key(call, &name)) {
             return Err(Status::already_exists(&kind, &name));
         }
-        let warnings = admitted.warnings.len() + validation::warnings(&kind, &new, None).len() + deduped;
+        let warnings = admitted.warnings.len() + validation::warnings(&kind, &new, None).len();
         self.stamp(&mut new, true);
+        strategy::complete_create(&kind, &mut new);
         if !dry_run {
             self.keep(call, &new, &changes);
         }
