@@ -109,7 +109,10 @@ pub fn apply(
             [one] => one.clone(),
             many => format!("errors:\n  {}", many.join("\n  ")),
         };
-        return Err(Status::plain_error(format!("failed to create typed patch object ({}): {what}", identity(ty, &applied))));
+        return Err(Status::plain_error(format!(
+            "failed to create typed patch object ({}): {what}",
+            identity(ty, &applied)
+        )));
     }
     if live.is_some() && managed.entries.is_empty() {
         let before = Manager { name: BEFORE_FIRST_APPLY, subresource: None, now: manager.now };
@@ -328,8 +331,12 @@ impl Managed {
 
     /// Merges the oldest updates until there are few enough.
     fn cap(&mut self) {
-        let mut updaters: Vec<(Option<String>, Key)> =
-            self.entries.iter().filter(|(key, _)| !key.apply).map(|(key, entry)| (entry.time.clone(), key.clone())).collect();
+        let mut updaters: Vec<(Option<String>, Key)> = self
+            .entries
+            .iter()
+            .filter(|(key, _)| !key.apply)
+            .map(|(key, entry)| (entry.time.clone(), key.clone()))
+            .collect();
         let mut count = updaters.len();
         if count <= MAX_UPDATE_MANAGERS {
             return;
@@ -455,7 +462,14 @@ impl<'t> View<'t> {
             set.insert(&[fieldset::field(name)]);
         }
         for name in [
-            "name", "namespace", "creationTimestamp", "selfLink", "uid", "clusterName", "generation", "managedFields",
+            "name",
+            "namespace",
+            "creationTimestamp",
+            "selfLink",
+            "uid",
+            "clusterName",
+            "generation",
+            "managedFields",
             "resourceVersion",
         ] {
             set.insert(&[fieldset::field("metadata"), fieldset::field(name)]);
@@ -591,7 +605,8 @@ impl<'t> View<'t> {
 
 /// Keeps the annotation of client-side apply in step when kubectl applies from the server's side.
 fn refresh_last_applied(value: &mut Value, applied: &Value) {
-    let Some(Value::Object(annotations)) = value.get_mut("metadata").and_then(|meta| meta.get_mut("annotations")) else {
+    let Some(Value::Object(annotations)) = value.get_mut("metadata").and_then(|meta| meta.get_mut("annotations"))
+    else {
         return;
     };
     let Some(Value::String(text)) = annotations.get_mut(LAST_APPLIED) else { return };

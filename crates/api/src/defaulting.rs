@@ -284,10 +284,36 @@ fn pull_policy(image: &str) -> &'static str {
 }
 
 const VOLUME_SOURCES: [&str; 30] = [
-    "awsElasticBlockStore", "azureDisk", "azureFile", "cephfs", "cinder", "configMap", "csi", "downwardAPI", "emptyDir",
-    "ephemeral", "fc", "flexVolume", "flocker", "gcePersistentDisk", "gitRepo", "glusterfs", "hostPath", "image", "iscsi",
-    "nfs", "persistentVolumeClaim", "photonPersistentDisk", "portworxVolume", "projected", "quobyte", "rbd", "scaleIO",
-    "secret", "storageos", "vsphereVolume",
+    "awsElasticBlockStore",
+    "azureDisk",
+    "azureFile",
+    "cephfs",
+    "cinder",
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "fc",
+    "flexVolume",
+    "flocker",
+    "gcePersistentDisk",
+    "gitRepo",
+    "glusterfs",
+    "hostPath",
+    "image",
+    "iscsi",
+    "nfs",
+    "persistentVolumeClaim",
+    "photonPersistentDisk",
+    "portworxVolume",
+    "projected",
+    "quobyte",
+    "rbd",
+    "scaleIO",
+    "secret",
+    "storageos",
+    "vsphereVolume",
 ];
 
 fn volume(volume: &mut Object) {
@@ -663,14 +689,17 @@ mod tests {
 
     #[test]
     fn services() {
-        let spec = |spec: Value| defaulted("", "Service", json!({"metadata": {"name": "a"}, "spec": spec}))["spec"].clone();
+        let spec =
+            |spec: Value| defaulted("", "Service", json!({"metadata": {"name": "a"}, "spec": spec}))["spec"].clone();
         assert_eq!(
             spec(json!({"ports": [{"port": 80}]})),
             json!({"type": "ClusterIP", "sessionAffinity": "None", "internalTrafficPolicy": "Cluster",
                 "ports": [{"port": 80, "protocol": "TCP", "targetPort": 80}]}),
         );
         assert_eq!(
-            spec(json!({"type": "LoadBalancer", "sessionAffinity": "ClientIP", "ports": [{"port": 1, "targetPort": "x"}]})),
+            spec(
+                json!({"type": "LoadBalancer", "sessionAffinity": "ClientIP", "ports": [{"port": 1, "targetPort": "x"}]})
+            ),
             json!({"type": "LoadBalancer", "sessionAffinity": "ClientIP", "internalTrafficPolicy": "Cluster",
                 "externalTrafficPolicy": "Cluster", "allocateLoadBalancerNodePorts": true,
                 "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 10800}},

@@ -256,7 +256,11 @@ mod tests {
         let warn = FieldValidation::Warn;
         assert_eq!(
             fails(PatchType::Merge, "[]", warn),
-            (400, "error decoding patch: json: cannot unmarshal array into Go value of type map[string]interface {}".into()),
+            (
+                400,
+                "error decoding patch: json: cannot unmarshal array into Go value of type map[string]interface {}"
+                    .into()
+            ),
         );
         assert_eq!(fails(PatchType::Merge, "null", warn), (400, "Invalid JSON Patch".into()));
         assert_eq!(
@@ -274,7 +278,11 @@ mod tests {
         );
         assert_eq!(
             fails(PatchType::Strategic, r#"{"metadata":"x"}"#, warn),
-            (422, " \"\" is invalid: patch: Invalid value: \"map[metadata:x]\": cannot restore struct from: string".into()),
+            (
+                422,
+                " \"\" is invalid: patch: Invalid value: \"map[metadata:x]\": cannot restore struct from: string"
+                    .into()
+            ),
         );
         assert_eq!(fails(PatchType::Merge, r#"{"data":{"a":"1","a":"2"}}"#, FieldValidation::Strict).0, 422);
         assert_eq!(fails(PatchType::Merge, r#"{"data":{"a":5}}"#, warn).0, 422);

@@ -27,9 +27,9 @@ pub fn decode(body: &[u8], expected: Option<(&str, &str, &str)>) -> Result<Value
         let kind = expected.map_or("object", |(_, _, kind)| kind);
         Status::bad_request(format!("the object provided is unrecognized (must be of type {kind}): {why}"))
     };
-    let envelope = body.strip_prefix(&MAGIC).ok_or_else(|| {
-        bad("provided data does not appear to be a protobuf message, expected prefix [107 56 115 0]")
-    })?;
+    let envelope = body
+        .strip_prefix(&MAGIC)
+        .ok_or_else(|| bad("provided data does not appear to be a protobuf message, expected prefix [107 56 115 0]"))?;
     let (mut api_version, mut kind, mut raw, mut content_type) = (String::new(), String::new(), &[][..], String::new());
     for field in Reader::new(envelope) {
         match field.map_err(bad)? {
@@ -404,7 +404,8 @@ mod tests {
         let spec = [varint(1, 2), bytes(2, &selector), bytes(3, &template)].concat();
         let time = [varint(1, 60)].concat();
         let metadata = [bytes(1, b"web"), bytes(8, &time)].concat();
-        let body = envelope("apps/v1", "Deployment", &[bytes(1, &metadata), bytes(2, &spec), vec![0xf8, 0x01, 1]].concat());
+        let body =
+            envelope("apps/v1", "Deployment", &[bytes(1, &metadata), bytes(2, &spec), vec![0xf8, 0x01, 1]].concat());
         let value = decode(&body, None).unwrap();
         assert_eq!(
             value,
@@ -443,7 +444,8 @@ mod tests {
         let types = Types::builtin();
         for (group, version, kind, id) in types.documents() {
             let structure = types.get(id);
-            let mut numbers: Vec<u32> = structure.own.iter().map(|at| structure.fields[usize::from(*at)].number).collect();
+            let mut numbers: Vec<u32> =
+                structure.own.iter().map(|at| structure.fields[usize::from(*at)].number).collect();
             numbers.extend(structure.inlined.iter().map(|(number, _)| *number));
             numbers.retain(|number| *number != 0);
             let count = numbers.len();
@@ -455,9 +457,13 @@ mod tests {
 
     #[test]
     fn durations_print_as_in_go() {
-        for (nanos, text) in
-            [(0, "0s"), (1_500_000_000, "1.5s"), (90_000_000_000, "1m30s"), (3_600_000_000_000, "1h0m0s"), (1_500_000, "1.5ms")]
-        {
+        for (nanos, text) in [
+            (0, "0s"),
+            (1_500_000_000, "1.5s"),
+            (90_000_000_000, "1m30s"),
+            (3_600_000_000_000, "1h0m0s"),
+            (1_500_000, "1.5ms"),
+        ] {
             assert_eq!(go_duration(nanos), text);
         }
     }

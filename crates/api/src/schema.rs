@@ -381,10 +381,7 @@ mod tests {
         assert_eq!(finalizers.list, ListType::Set);
         assert!(finalizers.patch_merge && finalizers.merge_key.is_none());
         assert!(path(("", "v1", "Service"), &["spec", "selector"]).atomic);
-        assert_eq!(
-            path(("", "v1", "Service"), &["spec", "ports", "protocol"]).default,
-            Some(Value::from("TCP")),
-        );
+        assert_eq!(path(("", "v1", "Service"), &["spec", "ports", "protocol"]).default, Some(Value::from("TCP")),);
         assert_eq!(path(("discovery.k8s.io", "v1", "EndpointSlice"), &["endpoints"]).list, ListType::Atomic);
     }
 

@@ -83,7 +83,8 @@ pub fn decode(ty: &DocumentType, format: Format, body: &[u8], validation: FieldV
                 Err(_) => Err("yaml: invalid leading UTF-8 octet".to_owned()),
             };
             let parsed = parsed.map_err(|error| {
-                let error = format!("couldn't get version/kind; json parse error: error converting YAML to JSON: {error}");
+                let error =
+                    format!("couldn't get version/kind; json parse error: error converting YAML to JSON: {error}");
                 unrecognized(ty, body, &error)
             })?;
             let complaint = yaml_complaint(&parsed.duplicates);
@@ -195,7 +196,8 @@ fn check_type_meta(ty: &DocumentType, node: &Node, body: &[u8]) -> Result<(), St
         None | Some(Node::Null) => Ok(""),
         Some(Node::String(text)) => Ok(text.as_str()),
         Some(other) => {
-            let error = format!("json: cannot unmarshal {} into Go struct field .{key} of type string", other.type_name());
+            let error =
+                format!("json: cannot unmarshal {} into Go struct field .{key} of type string", other.type_name());
             Err(unrecognized(ty, body, &json_error(&error)))
         }
     };
@@ -231,7 +233,8 @@ fn options_of_any_group(ty: &DocumentType, api_version: &str, kind: &str) -> boo
     let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
     ty.kind().ends_with("Options")
         && (kind == ty.kind() || kind.is_empty())
-        && (join_api_version("meta.k8s.io", "v1") == api_version || DocumentType::builtin(group, version, ty.kind()).is_some())
+        && (join_api_version("meta.k8s.io", "v1") == api_version
+            || DocumentType::builtin(group, version, ty.kind()).is_some())
 }
 
 #[cfg(test)]
@@ -255,38 +258,56 @@ mod tests {
              \"metadata.lables\", duplicate field \"data.k\", unknown field \"dta\"",
         );
         let body = r#"{"spec":{"template":{"spec":{"containers":[{"name":"c","ports":[{"containerPort":1},{"prot":"x"}]}]}}}}"#;
-        assert!(strict("apps", "Deployment", body).ends_with(
-            "strict decoding error: unknown field \"spec.template.spec.containers[0].ports[1].prot\""
-        ));
+        assert!(
+            strict("apps", "Deployment", body)
+                .ends_with("strict decoding error: unknown field \"spec.template.spec.containers[0].ports[1].prot\"")
+        );
     }
 
     #[test]
     fn wrong_types_have_the_known_texts() {
         for (group, kind, body, text) in [
-            ("", "ConfigMap", r#"{"data":{"a":1}}"#, "json: cannot unmarshal number into Go struct field ConfigMap.data of type string"),
             (
-                "apps", "Deployment", r#"{"spec":{"replicas":"3"}}"#,
+                "",
+                "ConfigMap",
+                r#"{"data":{"a":1}}"#,
+                "json: cannot unmarshal number into Go struct field ConfigMap.data of type string",
+            ),
+            (
+                "apps",
+                "Deployment",
+                r#"{"spec":{"replicas":"3"}}"#,
                 "json: cannot unmarshal string into Go struct field DeploymentSpec.spec.replicas of type int32",
             ),
             (
-                "apps", "Deployment", r#"{"spec":{"replicas":1.5}}"#,
+                "apps",
+                "Deployment",
+                r#"{"spec":{"replicas":1.5}}"#,
                 "json: cannot unmarshal number 1.5 into Go struct field DeploymentSpec.spec.replicas of type int32",
             ),
             (
-                "", "ConfigMap", r#"{"metadata":{"labels":["x"]}}"#,
+                "",
+                "ConfigMap",
+                r#"{"metadata":{"labels":["x"]}}"#,
                 "json: cannot unmarshal array into Go struct field ObjectMeta.metadata.labels of type map[string]string",
             ),
             (
-                "", "Service", r#"{"spec":{"ports":{"port":80}}}"#,
+                "",
+                "Service",
+                r#"{"spec":{"ports":{"port":80}}}"#,
                 "json: cannot unmarshal object into Go struct field ServiceSpec.spec.ports of type []v1.ServicePort",
             ),
             (
-                "", "Service", r#"{"spec":{"ports":[{"port":"80"}]}}"#,
+                "",
+                "Service",
+                r#"{"spec":{"ports":[{"port":"80"}]}}"#,
                 "json: cannot unmarshal string into Go struct field ServicePort.spec.ports.port of type int32",
             ),
             ("", "Secret", r#"{"data":{"a":"%%%"}}"#, "illegal base64 data at input byte 0"),
             (
-                "", "Pod", r#"{"spec":{"containers":[{"resources":{"limits":{"cpu":"x"}}}]}}"#,
+                "",
+                "Pod",
+                r#"{"spec":{"containers":[{"resources":{"limits":{"cpu":"x"}}}]}}"#,
                 "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'",
             ),
         ] {

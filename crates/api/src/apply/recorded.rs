@@ -58,7 +58,13 @@ impl Pipeline {
         })
     }
 
-    fn run(&mut self, request: &Request<'_>, method: &str, media_type: &str, body: &[u8]) -> Option<Result<Value, Status>> {
+    fn run(
+        &mut self,
+        request: &Request<'_>,
+        method: &str,
+        media_type: &str,
+        body: &[u8],
+    ) -> Option<Result<Value, Status>> {
         self.clock += 1;
         let now = format!("2024-01-01T00:00:{:02}Z", self.clock);
         let ty = &request.ty;
@@ -68,11 +74,8 @@ impl Pipeline {
         if subresource.is_some_and(|name| name != "status") {
             return None;
         }
-        let manager = Manager {
-            name: request.query.get("fieldManager").copied().unwrap_or_default(),
-            subresource,
-            now: &now,
-        };
+        let manager =
+            Manager { name: request.query.get("fieldManager").copied().unwrap_or_default(), subresource, now: &now };
         let key = |name: &str| (request.plural.clone(), name.to_owned());
         let live = name.as_ref().and_then(|name| self.objects.get(&key(name)).cloned());
         let patch_type = PatchType::from_media_type(media_type);
@@ -91,7 +94,8 @@ impl Pipeline {
                     return None;
                 }
                 let force = request.query.get("force") == Some(&"true");
-                decode(ty, body, name.as_deref()?).and_then(|applied| apply(ty, live.as_ref(), &applied, manager, force))
+                decode(ty, body, name.as_deref()?)
+                    .and_then(|applied| apply(ty, live.as_ref(), &applied, manager, force))
             }
             ("PATCH", Some(patch_type)) => match &live {
                 Some(live) => patch(ty, patch_type, live, body, validation).map(|admitted| admitted.value),
@@ -113,7 +117,13 @@ impl Pipeline {
         Some(Ok(value))
     }
 
-    fn keep_server_fields(&self, ty: &DocumentType, live: Option<&Value>, value: &mut Value, subresource: Option<&str>) {
+    fn keep_server_fields(
+        &self,
+        ty: &DocumentType,
+        live: Option<&Value>,
+        value: &mut Value,
+        subresource: Option<&str>,
+    ) {
         if let Some(live) = live {
             if subresource == Some("status") {
                 if let Some(spec) = live.get("spec") {
@@ -134,11 +144,27 @@ impl Pipeline {
 /// Whether `actual` has what was recorded. What other parts of the server fill in is left out.
 fn matches(expected: &Value, actual: &Value, path: &str, faults: &mut Vec<String>) {
     const ELSEWHERE: [&str; 21] = [
-        "/metadata/uid", "/metadata/resourceVersion", "/metadata/creationTimestamp", "/metadata/generation",
-        "/metadata/namespace", "/spec/clusterIP", "/spec/clusterIPs", "/spec/ipFamilies", "/spec/ipFamilyPolicy",
-        "/status/phase", "/status/qosClass", "/spec/tolerations", "/spec/priority", "/spec/preemptionPolicy",
-        "/spec/serviceAccountName", "/spec/serviceAccount", "/status/observedGeneration", "/spec/taints",
-        "/spec/finalizers", "/metadata/labels/kubernetes.io~1metadata.name", "/spec/volumes/kube-api-access",
+        "/metadata/uid",
+        "/metadata/resourceVersion",
+        "/metadata/creationTimestamp",
+        "/metadata/generation",
+        "/metadata/namespace",
+        "/spec/clusterIP",
+        "/spec/clusterIPs",
+        "/spec/ipFamilies",
+        "/spec/ipFamilyPolicy",
+        "/status/phase",
+        "/status/qosClass",
+        "/spec/tolerations",
+        "/spec/priority",
+        "/spec/preemptionPolicy",
+        "/spec/serviceAccountName",
+        "/spec/serviceAccount",
+        "/status/observedGeneration",
+        "/spec/taints",
+        "/spec/finalizers",
+        "/metadata/labels/kubernetes.io~1metadata.name",
+        "/spec/volumes/kube-api-access",
     ];
     if ELSEWHERE.contains(&path) {
         return;
@@ -201,7 +227,9 @@ fn replay(file: &str, skipped: &[&str]) -> (usize, Vec<String>) {
             let place = format!("{id} step {at} ({method} {})", step["path"].as_str().unwrap());
             // Refusals of validation and of the store have no counterpart here.
             let reason = expected["body"]["message"].as_str().unwrap_or_default();
-            let ours = matches!(status, 400 | 409 | 500) || reason.contains("patch: Invalid") || reason.starts_with("the server rejected");
+            let ours = matches!(status, 400 | 409 | 500)
+                || reason.contains("patch: Invalid")
+                || reason.starts_with("the server rejected");
             let before = pipeline.objects.clone();
             let Some(outcome) = pipeline.run(&request, method, media_type, body.as_bytes()) else { continue };
             match outcome {

@@ -18,9 +18,18 @@ pub(super) enum Atom<'t> {
     Scalar,
     /// Anything; maps are owned member by member, lists as one value.
     Untyped,
-    List { element: &'t Type, relation: &'t ListType },
-    Map { element: &'t Type, atomic: bool },
-    Struct { structure: &'t Struct, atomic: bool },
+    List {
+        element: &'t Type,
+        relation: &'t ListType,
+    },
+    Map {
+        element: &'t Type,
+        atomic: bool,
+    },
+    Struct {
+        structure: &'t Struct,
+        atomic: bool,
+    },
 }
 
 static ATOMIC: ListType = ListType::Atomic;
@@ -145,10 +154,7 @@ fn key_default(types: &Types, element: &Type, name: &str) -> Option<Value> {
 
 /// Elements of a list with their path; elements without one are left out.
 fn indexed<'v>(types: &Types, element: &Type, relation: &ListType, items: &'v [Value]) -> Vec<(String, &'v Value)> {
-    items
-        .iter()
-        .filter_map(|item| element_path(types, element, relation, item).ok().map(|path| (path, item)))
-        .collect()
+    items.iter().filter_map(|item| element_path(types, element, relation, item).ok().map(|path| (path, item))).collect()
 }
 
 /// The faults of an applied document: undeclared fields, wrong types, double keys. Each is `path: message`.
@@ -166,7 +172,9 @@ fn check(types: &Types, place: Atom<'_>, value: &Value, path: &str, faults: &mut
     match (place, value) {
         (Atom::String, Value::String(_)) | (Atom::Boolean, Value::Bool(_)) | (Atom::Numeric, Value::Number(_)) => {}
         (Atom::Scalar, Value::String(_) | Value::Bool(_) | Value::Number(_)) => {}
-        (Atom::String, other) => fault(format!("expected string, got &value.valueUnstructured{{Value:{}}}", go_value(other))),
+        (Atom::String, other) => {
+            fault(format!("expected string, got &value.valueUnstructured{{Value:{}}}", go_value(other)))
+        }
         (Atom::Numeric, other) => fault(format!("expected numeric (int or float), got {}", go_type(other))),
         (Atom::Boolean, other) => fault(format!("expected boolean, got &{{{}}}", crate::strict::go_print(other))),
         (Atom::Scalar, other) => fault(format!("expected any scalar, got &{{{}}}", crate::strict::go_print(other))),

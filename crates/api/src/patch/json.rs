@@ -36,7 +36,8 @@ pub(super) fn parse(body: &[u8]) -> Result<Vec<Operation>, Status> {
         return Err(bad_patch(&format!("json: cannot unmarshal {kind} into Go value of type jsonpatch.Patch")));
     };
     if items.len() > MAX_OPERATIONS {
-        let message = format!("The allowed maximum operations in a JSON patch is {MAX_OPERATIONS}, got {}", items.len());
+        let message =
+            format!("The allowed maximum operations in a JSON patch is {MAX_OPERATIONS}, got {}", items.len());
         return Err(Status::new(413, "RequestEntityTooLarge", message));
     }
     read(&value).map_err(|_| rejected())
@@ -207,7 +208,11 @@ mod tests {
     #[test]
     fn examples_of_rfc_6902() {
         for (document, patch, result) in [
-            (json!({"foo": "bar"}), json!([{"op": "add", "path": "/baz", "value": "qux"}]), json!({"baz": "qux", "foo": "bar"})),
+            (
+                json!({"foo": "bar"}),
+                json!([{"op": "add", "path": "/baz", "value": "qux"}]),
+                json!({"baz": "qux", "foo": "bar"}),
+            ),
             (
                 json!({"foo": ["bar", "baz"]}),
                 json!([{"op": "add", "path": "/foo/1", "value": "qux"}]),

@@ -128,7 +128,8 @@ impl<'t> Merger<'t> {
                     original.insert(key, Value::Array(merged));
                 }
                 (present, value) if deletes => {
-                    let message = format!("expected a list for {key}, got {} and {}", go_print(present), go_print(&value));
+                    let message =
+                        format!("expected a list for {key}, got {} and {}", go_print(present), go_print(&value));
                     return Err(plain(message));
                 }
                 (present, value) => {
@@ -184,7 +185,13 @@ impl<'t> Merger<'t> {
         Ok(())
     }
 
-    fn list(&self, original: Vec<Value>, patch: Vec<Value>, rule: &Rule<'t>, deletes: bool) -> Result<Vec<Value>, Status> {
+    fn list(
+        &self,
+        original: Vec<Value>,
+        patch: Vec<Value>,
+        rule: &Rule<'t>,
+        deletes: bool,
+    ) -> Result<Vec<Value>, Status> {
         if !rule.merge && !deletes {
             return Ok(patch);
         }
@@ -302,7 +309,11 @@ fn element_type(original: &[Value], patch: &[Value]) -> Result<bool, Status> {
 }
 
 /// Carries out `$patch` elements of a list of maps and takes them out of the patch.
-fn special_elements(mut original: Vec<Value>, patch: Vec<Value>, key: &str) -> Result<(Vec<Value>, Vec<Value>), Status> {
+fn special_elements(
+    mut original: Vec<Value>,
+    patch: Vec<Value>,
+    key: &str,
+) -> Result<(Vec<Value>, Vec<Value>), Status> {
     let mut rest = Vec::with_capacity(patch.len());
     let mut replace = false;
     for item in patch {
@@ -416,7 +427,8 @@ mod tests {
 
     #[test]
     fn lists_merge_by_key() {
-        let containers = json!({"containers": [{"name": "a", "image": "1", "args": ["x"]}, {"name": "b", "image": "1"}]});
+        let containers =
+            json!({"containers": [{"name": "a", "image": "1", "args": ["x"]}, {"name": "b", "image": "1"}]});
         for (note, patch, result) in [
             (
                 "found by name",
@@ -433,11 +445,7 @@ mod tests {
                 json!({"containers": [{"$patch": "delete", "name": "a"}]}),
                 json!([{"name": "b", "image": "1"}]),
             ),
-            (
-                "replaced",
-                json!({"containers": [{"$patch": "replace"}, {"name": "z"}]}),
-                json!([{"name": "z"}]),
-            ),
+            ("replaced", json!({"containers": [{"$patch": "replace"}, {"name": "z"}]}), json!([{"name": "z"}])),
             (
                 "args are replaced",
                 json!({"containers": [{"name": "a", "args": ["y"]}]}),
@@ -477,11 +485,13 @@ mod tests {
     #[test]
     fn retained_keys() {
         let volumes = json!({"volumes": [{"name": "v", "emptyDir": {}}]});
-        let patch = json!({"volumes": [{"name": "v", "configMap": {"name": "c"}, "$retainKeys": ["name", "configMap"]}]});
+        let patch =
+            json!({"volumes": [{"name": "v", "configMap": {"name": "c"}, "$retainKeys": ["name", "configMap"]}]});
         assert_eq!(pod(volumes, patch), json!({"volumes": [{"name": "v", "configMap": {"name": "c"}}]}));
         let strategy = json!({"spec": {"strategy": {"type": "RollingUpdate", "rollingUpdate": {}}}});
         for patch in [json!({"$retainKeys": ["rollingUpdate"], "type": "Recreate"}), json!({"$retainKeys": "type"})] {
-            let error = merged("apps", "Deployment", strategy.clone(), json!({"spec": {"strategy": patch}})).unwrap_err();
+            let error =
+                merged("apps", "Deployment", strategy.clone(), json!({"spec": {"strategy": patch}})).unwrap_err();
             assert_eq!((error.code, error.message.as_str()), (400, "invalid patch format of retainKeys"));
         }
     }
@@ -490,7 +500,8 @@ mod tests {
     fn maps() {
         let current = json!({"metadata": {"labels": {"a": "b"}}});
         let labels = |patch: Value| {
-            merged("", "ConfigMap", current.clone(), json!({"metadata": {"labels": patch}})).map(|v| v["metadata"]["labels"].clone())
+            merged("", "ConfigMap", current.clone(), json!({"metadata": {"labels": patch}}))
+                .map(|v| v["metadata"]["labels"].clone())
         };
         assert_eq!(labels(json!({"c": "d"})), Ok(json!({"a": "b", "c": "d"})));
         assert_eq!(labels(json!({"a": null})), Ok(json!({})));
@@ -515,7 +526,9 @@ mod tests {
             "list element types are not identical: [[map[name:c] map[name:d]] [c]]",
         );
         assert_eq!(
-            text(json!({"$setElementOrder/containers": [{"name": "c"}], "containers": [{"image": "x:1", "name": "d"}]})),
+            text(
+                json!({"$setElementOrder/containers": [{"name": "c"}], "containers": [{"image": "x:1", "name": "d"}]})
+            ),
             "The order in patch list:\n[map[image:x:1 name:d]]\n doesn't match $setElementOrder list:\n[map[name:c]]\n",
         );
         assert_eq!(

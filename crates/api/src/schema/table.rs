@@ -92,7 +92,8 @@ pub(super) fn parse(text: &'static str) -> Types {
     }
     // Splice inlined fields in where the inlined struct stands. None of them inlines others in turn in a way that
     // this order would miss: nested ones are spliced first by recursion.
-    let flat: Vec<(Vec<Field>, Vec<u16>)> = (0..types.structs.len()).map(|at| splice(&types, &inlined_at, at)).collect();
+    let flat: Vec<(Vec<Field>, Vec<u16>)> =
+        (0..types.structs.len()).map(|at| splice(&types, &inlined_at, at)).collect();
     for (at, (fields, own)) in flat.into_iter().enumerate() {
         types.structs[at].fields = fields;
         types.structs[at].own = own;

@@ -148,7 +148,8 @@ fn parse_time(text: &str, layout: &'static str) -> Result<(i64, u32), String> {
         };
         let zone = cursor.rest;
         cursor.rest = &cursor.rest[1..];
-        let hours = cursor.digits(2, "Z07:00").map_err(|_| Cursor { rest: zone, ..cursor_of(text, layout) }.error("Z07:00"))?;
+        let hours =
+            cursor.digits(2, "Z07:00").map_err(|_| Cursor { rest: zone, ..cursor_of(text, layout) }.error("Z07:00"))?;
         let part = cursor.literal(":").and_then(|()| cursor.digits(2, "Z07:00"));
         let minutes = part.map_err(|_| Cursor { rest: zone, ..cursor_of(text, layout) }.error("Z07:00"))?;
         sign * (hours * 3600 + minutes * 60)
@@ -182,7 +183,9 @@ pub(crate) fn canonical_base64(text: &str) -> Result<String, String> {
         Err(error) => {
             // Go names the first byte that cannot be part of the text, or the start of an unfinished group.
             let offset = match error {
-                base64::DecodeError::InvalidByte(at, _) | base64::DecodeError::InvalidLastSymbol { offset: at, .. } => at,
+                base64::DecodeError::InvalidByte(at, _) | base64::DecodeError::InvalidLastSymbol { offset: at, .. } => {
+                    at
+                }
                 _ => compact.trim_end_matches('=').len() / 4 * 4,
             };
             Err(format!("illegal base64 data at input byte {offset}"))

@@ -355,7 +355,8 @@ pub(crate) fn go_print(value: &Value) -> String {
         Value::String(text) => text.clone(),
         Value::Array(items) => format!("[{}]", items.iter().map(go_print).collect::<Vec<_>>().join(" ")),
         Value::Object(members) => {
-            let members: Vec<String> = members.iter().map(|(key, value)| format!("{key}:{}", go_print(value))).collect();
+            let members: Vec<String> =
+                members.iter().map(|(key, value)| format!("{key}:{}", go_print(value))).collect();
             format!("map[{}]", members.join(" "))
         }
     }

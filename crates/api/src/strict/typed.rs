@@ -34,15 +34,8 @@ const MAX_COMPLAINTS: usize = 100;
 /// Fits `node` to `ty`.
 pub(crate) fn fit(ty: &DocumentType, node: Node, style: Style) -> Fitted {
     let types = ty.types();
-    let mut walk = Walk {
-        types,
-        style,
-        path: String::new(),
-        fields: Vec::new(),
-        owner: "",
-        complaints: Vec::new(),
-        error: None,
-    };
+    let mut walk =
+        Walk { types, style, path: String::new(), fields: Vec::new(), owner: "", complaints: Vec::new(), error: None };
     let root = ty.root();
     let value = if root.custom { walk.prune_struct(root, node) } else { walk.structure(root, node) };
     let value = value.unwrap_or_else(|| if root.custom { Value::Object(Map::new()) } else { zero_struct(types, root) });

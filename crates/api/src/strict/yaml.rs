@@ -22,12 +22,8 @@ const MAX_NODES: usize = 1_000_000;
 /// # Errors
 /// The message of the first syntax error, beginning with `yaml: `.
 pub(crate) fn parse_yaml(text: &str) -> Result<Yaml, String> {
-    let mut builder = Builder {
-        parser: Parser::new_from_str(text),
-        anchors: HashMap::new(),
-        duplicates: Vec::new(),
-        nodes: 0,
-    };
+    let mut builder =
+        Builder { parser: Parser::new_from_str(text), anchors: HashMap::new(), duplicates: Vec::new(), nodes: 0 };
     let node = builder.document()?;
     Ok(Yaml { node, duplicates: builder.duplicates })
 }
@@ -132,7 +128,8 @@ impl<'a> Builder<'a> {
             }
             match members.iter_mut().find(|(name, _)| *name == key) {
                 Some(member) => {
-                    self.duplicates.push(format!("line {line}: key {} already set in map", super::tree::go_quote(&key)));
+                    self.duplicates
+                        .push(format!("line {line}: key {} already set in map", super::tree::go_quote(&key)));
                     member.1 = value;
                 }
                 None => members.push((key, value)),
@@ -276,10 +273,7 @@ mod tests {
     #[test]
     fn anchors_and_merge_keys_are_resolved() {
         let text = "base: &b {x: 1, z: 2}\nuse:\n  <<: *b\n  z: 3\nlist: [*b]\n";
-        assert_eq!(
-            read(text),
-            json!({"base": {"x": 1, "z": 2}, "use": {"x": 1, "z": 3}, "list": [{"x": 1, "z": 2}]}),
-        );
+        assert_eq!(read(text), json!({"base": {"x": 1, "z": 2}, "use": {"x": 1, "z": 3}, "list": [{"x": 1, "z": 2}]}),);
     }
 
     #[test]
@@ -296,10 +290,12 @@ mod tests {
             assert!(parse_yaml(text).is_err(), "{text}");
         }
         let bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n".to_owned()
-            + &('b'..='j').map(|c| {
-                let p = char::from_u32(u32::from(c) - 1).unwrap();
-                format!("{c}: &{c} [*{p},*{p},*{p},*{p},*{p},*{p},*{p},*{p},*{p}]\n")
-            }).collect::<String>();
+            + &('b'..='j')
+                .map(|c| {
+                    let p = char::from_u32(u32::from(c) - 1).unwrap();
+                    format!("{c}: &{c} [*{p},*{p},*{p},*{p},*{p},*{p},*{p},*{p},*{p}]\n")
+                })
+                .collect::<String>();
         assert!(parse_yaml(&bomb).unwrap_err().contains("excessive aliasing"));
     }
 }
