@@ -514,3 +514,228 @@ fn endpoints_of(world: &World, node: &NodeView, key: &ObjectKey, port: &ServiceP
     });
     endpoint::merge_duplicates(listed)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::{self, Outcome, Packet};
+    use crate::world::LocalDetection;
+    use k8s_openapi::api::core::v1::Service;
+    use k8s_openapi::api::discovery::v1::EndpointSlice;
+    use serde_json::{Value, json};
+
+    /// A small deterministic generator: the seed of a failure is in its message.
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, n: u64) -> u64 {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (self.0 >> 33) % n
+        }
+
+        fn chance(&mut self, percent: u64) -> bool {
+            self.below(100) < percent
+        }
+
+        fn pick<T: Clone>(&mut self, from: &[T]) -> T {
+            from[self.below(from.len() as u64) as usize].clone()
+        }
+    }
+
+    fn node(random: &mut Random) -> NodeView {
+        NodeView {
+            name: random.pick(&["n1", "n2"]).into(),
+            zone: random.pick(&[None, Some("a".to_owned()), Some("b".to_owned())]),
+            node_port_addresses: vec!["192.168.50.11".parse().unwrap(), random.pick(&["fd00:50::11", "fd00:50::12"]).parse().unwrap()],
+            local_detection: LocalDetection::InterfacePrefix("vp".into()),
+            masquerade_all: false,
+        }
+    }
+
+    fn service(random: &mut Random, name: &str) -> Service {
+        let n = random.below(4) + 1;
+        let v6 = random.chance(40);
+        let kind = random.pick(&["ClusterIP", "NodePort", "LoadBalancer", "ExternalName"]);
+        let mut ports: Vec<Value> = Vec::new();
+        for i in 0..=random.below(2) {
+            ports.push(json!({
+                "name": format!("p{i}"), "port": 80 + random.below(3), "protocol": random.pick(&["TCP", "UDP"]),
+                "nodePort": 30000 + random.below(4),
+            }));
+        }
+        let ips = if v6 { json!([format!("10.96.0.{n}"), format!("fd00:10:96::{n}")]) } else { json!([format!("10.96.0.{n}")]) };
+        let object = json!({
+            "metadata": {
+                "namespace": "ns", "name": name, "creationTimestamp": format!("2026-01-0{}T00:00:00Z", random.below(3) + 1),
+                "labels": if random.chance(5) { json!({"service.kubernetes.io/service-proxy-name": "x"}) } else { json!({}) },
+            },
+            "spec": {
+                "type": kind, "clusterIP": if random.chance(5) { json!("None") } else { ips[0].clone() }, "clusterIPs": ips, "ports": ports,
+                "externalTrafficPolicy": random.pick(&["Cluster", "Local"]), "internalTrafficPolicy": random.pick(&["Cluster", "Local"]),
+                "externalIPs": if random.chance(30) { json!([format!("198.51.100.{n}"), "garbage"]) } else { json!([]) },
+                "loadBalancerSourceRanges": if random.chance(30) { json!(["192.168.50.0/24", "10.1.0.0/16"]) } else { json!([]) },
+                "sessionAffinity": random.pick(&["None", "ClientIP"]),
+                "healthCheckNodePort": 32000 + random.below(3),
+            },
+            "status": {"loadBalancer": {"ingress": if random.chance(70) { json!([{"ip": format!("203.0.113.{n}"), "ipMode": random.pick(&["VIP", "Proxy"])}]) } else { json!([]) }}},
+        });
+        serde_json::from_value(object).unwrap()
+    }
+
+    fn slice(random: &mut Random, name: &str) -> EndpointSlice {
+        let v6 = random.chance(30);
+        let endpoints: Vec<Value> = (0..random.below(5))
+            .map(|_| {
+                let n = random.below(6);
+                let mut endpoint = json!({
+                    "addresses": [if random.chance(4) { "nonsense".to_owned() } else if v6 { format!("fd00:1::{n}") } else { format!("10.244.0.{n}") }],
+                    "nodeName": random.pick(&["n1", "n2"]),
+                    "conditions": {"ready": random.chance(60), "serving": random.chance(70), "terminating": random.chance(30)},
+                });
+                if random.chance(40) {
+                    endpoint["hints"] = json!({"forZones": [{"name": random.pick(&["a", "b"])}], "forNodes": [{"name": random.pick(&["n1", "n2"])}]});
+                }
+                endpoint
+            })
+            .collect();
+        let ports: Vec<Value> = (0..2).map(|i| json!({"name": format!("p{i}"), "port": 8080 + random.below(2), "protocol": random.pick(&["TCP", "UDP"])})).collect();
+        serde_json::from_value(json!({
+            "metadata": {"namespace": "ns", "name": name, "labels": {"kubernetes.io/service-name": random.pick(&["s0", "s1", "s2", "s3"])}},
+            "addressType": if v6 { "IPv6" } else { "IPv4" }, "endpoints": endpoints, "ports": ports,
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn incremental_planning_equals_planning_from_scratch() {
+        for seed in 0..60 {
+            let mut random = Random(seed);
+            let mut world = World::default();
+            let mut planner = Planner::new(node(&mut random));
+            for step in 0..60 {
+                let mut dirty = BTreeSet::new();
+                let before = planner.map().clone();
+                let mut delta = Delta::default();
+                for _ in 0..=random.below(2) {
+                    let name = random.pick(&["s0", "s1", "s2", "s3"]);
+                    match random.below(12) {
+                        0..=4 => {
+                            let service = service(&mut random, name);
+                            dirty.insert(world.put_service(&service));
+                        }
+                        5 => {
+                            let key = ObjectKey::new("ns", name);
+                            world.delete_service(&key);
+                            dirty.insert(key);
+                        }
+                        6..=8 => {
+                            let slice = slice(&mut random, name);
+                            dirty.extend(world.put_slice(&slice));
+                        }
+                        9 => dirty.extend(world.delete_slice(&ObjectKey::new("ns", name))),
+                        10 => world.put_service_cidr("kubernetes", if random.chance(50) { vec!["10.96.0.0/12".parse().unwrap()] } else { vec![] }),
+                        _ => {
+                            let node = node(&mut random);
+                            delta.merge(planner.set_node(&world, node));
+                        }
+                    }
+                }
+                delta.merge(planner.update(&world, &dirty));
+                let (scratch, findings) = compile(&world, planner.node());
+                assert_eq!(*planner.map(), scratch, "seed {seed} step {step}");
+                assert_eq!(planner.findings(), findings, "seed {seed} step {step}");
+                let mut seen = Delta::between(&before, planner.map());
+                seen.node = delta.node; // A zone changes the node without changing its addresses.
+                let named = |d: &Delta| (d.frontends.clone(), d.services.clone(), d.health_checks.clone(), d.cluster_ips.clone());
+                let (all, told) = (named(&seen), named(&delta));
+                // The delta may name what changed and changed back, but must not miss anything.
+                assert!(all.0.is_subset(&told.0) && all.1.is_subset(&told.1) && all.2.is_subset(&told.2) && all.3.is_subset(&told.3), "seed {seed} step {step}: {seen:?} {delta:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_older_service_keeps_a_contested_address() {
+        let service = |name: &str, created: &str, ip: &str| -> Service {
+            serde_json::from_value(json!({
+                "metadata": {"namespace": "ns", "name": name, "creationTimestamp": created},
+                "spec": {"clusterIP": ip, "ports": [{"port": 80}], "externalIPs": ["198.51.100.1"]},
+            }))
+            .unwrap()
+        };
+        let mut world = World::default();
+        world.put_service(&service("younger", "2026-01-02T00:00:00Z", "10.96.0.1"));
+        world.put_service(&service("older", "2026-01-01T00:00:00Z", "10.96.0.2"));
+        let (map, findings) = compile(&world, &NodeView::default());
+        let frontend = Frontend {
+            addr: FrontendAddr::Address("198.51.100.1".parse().unwrap()),
+            protocol: L4::Tcp,
+            port: 80.try_into().unwrap(),
+        };
+        assert_eq!(map.frontends[&frontend].service.service.name, "older");
+        assert_eq!(findings.len(), 1);
+        assert_eq!((findings[0].origin.name.as_str(), findings[0].reason.as_str()), ("younger", "AddressConflict"));
+    }
+
+    #[test]
+    fn verdicts_by_policy_and_source() {
+        // Columns: externalTrafficPolicy, endpoints (local, remote), source, outcome and masquerading of a node port.
+        let rows: Vec<(&str, bool, bool, SourceClass, &str)> = vec![
+            ("Cluster", false, false, SourceClass::External, "reject"),
+            ("Cluster", false, true, SourceClass::External, "snat"),
+            ("Cluster", true, true, SourceClass::Pod, "snat"),
+            ("Local", false, false, SourceClass::External, "reject"),
+            ("Local", false, true, SourceClass::External, "drop"),
+            ("Local", true, true, SourceClass::External, "keep"),
+            ("Local", false, true, SourceClass::Pod, "keep"),
+            ("Local", false, true, SourceClass::Host, "snat"),
+        ];
+        for (policy, local, remote, class, expected) in rows {
+            let mut world = World::default();
+            let service: Service = serde_json::from_value(json!({
+                "metadata": {"namespace": "ns", "name": "s"},
+                "spec": {"type": "NodePort", "clusterIP": "10.96.0.1", "externalTrafficPolicy": policy, "ports": [{"port": 80, "nodePort": 30080}]},
+            }))
+            .unwrap();
+            world.put_service(&service);
+            let mut endpoints = Vec::new();
+            if local {
+                endpoints.push(json!({"addresses": ["10.244.1.1"], "nodeName": "n1"}));
+            }
+            if remote {
+                endpoints.push(json!({"addresses": ["10.244.2.1"], "nodeName": "n2"}));
+            }
+            let slice: EndpointSlice = serde_json::from_value(json!({
+                "metadata": {"namespace": "ns", "name": "s-1", "labels": {"kubernetes.io/service-name": "s"}},
+                "addressType": "IPv4", "ports": [{"name": "", "port": 8080}], "endpoints": endpoints,
+            }))
+            .unwrap();
+            world.put_slice(&slice);
+            let node = NodeView {
+                name: "n1".into(),
+                node_port_addresses: vec!["192.168.50.11".parse().unwrap()],
+                local_detection: LocalDetection::InterfacePrefix("vp".into()),
+                ..NodeView::default()
+            };
+            let (map, _) = compile(&world, &node);
+            let packet = Packet {
+                source: "192.0.2.1".parse().unwrap(),
+                destination: "192.168.50.11".parse().unwrap(),
+                transport: Some((L4::Tcp, 30080.try_into().unwrap())),
+                interface: match class {
+                    SourceClass::Pod => Some("vp1".into()),
+                    SourceClass::Host => None,
+                    SourceClass::External => Some("eth0".into()),
+                },
+            };
+            let outcome = match eval::packet(&map, &node, &packet, |_| 0) {
+                Outcome::Rejected => "reject",
+                Outcome::Dropped => "drop",
+                Outcome::Forwarded { masqueraded: true, .. } => "snat",
+                Outcome::Forwarded { masqueraded: false, .. } => "keep",
+                Outcome::Untouched => "untouched",
+            };
+            assert_eq!(outcome, expected, "{policy} local={local} remote={remote} {class:?}");
+        }
+    }
+}

