@@ -85,7 +85,7 @@ fn ordinal(set: &StatefulSet, pod: &Pod) -> Option<i32> {
     let prefix = format!("{}-", set.metadata.name.as_deref()?);
     let digits = name.strip_prefix(prefix.as_str())?;
     // Only the canonical form names a pod of this set.
-    digits.parse().ok().filter(|n: &i32| n.to_string() == digits)
+    digits.parse().ok().filter(|n: &i32| *n >= 0 && n.to_string() == digits)
 }
 
 fn revision_of(pod: &Pod) -> Option<&str> {
