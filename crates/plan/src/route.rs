@@ -1,1 +1,0 @@
-//! (module header to be written by its owner)
