@@ -323,7 +323,6 @@ pub fn process(spec: &ProcessSpec) -> Value {
         "env": env,
         "cwd": spec.cwd,
         "capabilities": {"bounding": caps, "effective": effective, "permitted": effective, "inheritable": [], "ambient": []},
-        "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1_048_576u64, "hard": 1_048_576u64}],
         "noNewPrivileges": spec.no_new_privileges,
         "oomScoreAdj": spec.oom_score_adj,
     })
