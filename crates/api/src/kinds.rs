@@ -256,7 +256,7 @@ impl Registry {
         let mut ordered: Vec<(String, Vec<String>)> = groups
             .into_iter()
             .map(|(group, mut versions)| {
-                versions.sort_by(|a, b| version_rank(b).cmp(&version_rank(a)));
+                versions.sort_by_key(|version| std::cmp::Reverse(version_rank(version)));
                 (group.to_owned(), versions)
             })
             .collect();
@@ -317,7 +317,7 @@ mod tests {
     #[test]
     fn versions_are_ordered_stable_first_then_by_number() {
         let mut versions = vec!["v1alpha1", "v2", "v1", "v1beta2", "v1beta1", "v10", "foo"];
-        versions.sort_by(|a, b| version_rank(b).cmp(&version_rank(a)));
+        versions.sort_by_key(|version| std::cmp::Reverse(version_rank(version)));
         assert_eq!(versions, ["v10", "v2", "v1", "v1beta2", "v1beta1", "v1alpha1", "foo"]);
     }
 

@@ -185,7 +185,7 @@ fn not_a_map(node: &Node) -> String {
 /// 422 for a JSON patch that does not apply; the reference implementation hides why.
 fn rejected() -> Status {
     let mut status = Status::new(422, "Invalid", "the server rejected our request due to an error in our request");
-    status.details = Some(crate::status::Details::default());
+    status.details = Some(Box::default());
     status
 }
 

@@ -158,9 +158,7 @@ fn tokens(text: &str) -> Vec<Token> {
             found.push(Token::Symbol(symbol));
             rest = &rest[symbol.len()..];
         } else {
-            let end = rest
-                .find(|c: char| matches!(c, ' ' | '\t' | '\r' | '\n' | '=' | '!' | '(' | ')' | ',' | '>' | '<'))
-                .unwrap_or(rest.len());
+            let end = rest.find([' ', '\t', '\r', '\n', '=', '!', '(', ')', ',', '>', '<']).unwrap_or(rest.len());
             // A word cannot be empty here unless the character is white space of another alphabet.
             let end = if end == 0 { rest.chars().next().map_or(rest.len(), char::len_utf8) } else { end };
             found.push(Token::Word(rest[..end].to_owned()));

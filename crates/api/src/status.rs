@@ -18,7 +18,7 @@ pub struct Status {
     /// Text for people.
     pub message: String,
     /// What the message is about.
-    pub details: Option<Details>,
+    pub details: Option<Box<Details>>,
     /// `metadata.continue` of an expired list (inconsistent continuation).
     pub continue_token: Option<String>,
     /// Seconds for a `Retry-After` header; also in the details.
@@ -111,14 +111,15 @@ impl Status {
     /// 404 for a namespace that a request names.
     pub fn namespace_not_found(name: &str) -> Status {
         let mut status = Status::new(404, "NotFound", format!("namespaces \"{name}\" not found"));
-        status.details = Some(Details { name: name.to_owned(), kind: "namespaces".to_owned(), ..Details::default() });
+        status.details =
+            Some(Box::new(Details { name: name.to_owned(), kind: "namespaces".to_owned(), ..Details::default() }));
         status
     }
 
     /// 404 for a path in a known group that is no resource.
     pub fn unknown_resource() -> Status {
         let mut status = Status::new(404, "NotFound", "the server could not find the requested resource");
-        status.details = Some(Details::default());
+        status.details = Some(Box::default());
         status
     }
 
@@ -126,7 +127,7 @@ impl Status {
     pub fn method_not_allowed() -> Status {
         let mut status =
             Status::new(405, "MethodNotAllowed", "the server does not allow this method on the requested resource");
-        status.details = Some(Details::default());
+        status.details = Some(Box::default());
         status
     }
 
@@ -134,7 +135,7 @@ impl Status {
     pub fn not_acceptable(available: &[&str]) -> Status {
         let message = format!("406: Not Acceptable\n\nAvailable representations: {}", available.join(", "));
         let mut status = Status::new(406, "NotAcceptable", message);
-        status.details = Some(Details::default());
+        status.details = Some(Box::default());
         status
     }
 
@@ -210,20 +211,20 @@ impl Status {
             many => format!("[{}]", many.join(", ")),
         };
         let mut status = Status::new(422, "Invalid", format!("{qualified} \"{name}\" is invalid: {joined}"));
-        status.details = Some(Details {
+        status.details = Some(Box::new(Details {
             name: name.to_owned(),
             group: group.to_owned(),
             kind: kind.to_owned(),
             uid: String::new(),
             causes: errors.iter().map(FieldError::to_cause).collect(),
-        });
+        }));
         status
     }
 
     /// 429 with a `Retry-After`.
     pub fn too_many_requests(message: impl Into<String>, retry_after_seconds: u32) -> Status {
         let mut status = Status::new(429, "TooManyRequests", message);
-        status.details = Some(Details::default());
+        status.details = Some(Box::default());
         status.retry_after_seconds = Some(retry_after_seconds);
         status
     }
@@ -231,10 +232,10 @@ impl Status {
     /// 500 `Internal error occurred: ...`.
     pub fn internal(why: impl fmt::Display) -> Status {
         let mut status = Status::new(500, "InternalError", format!("Internal error occurred: {why}"));
-        status.details = Some(Details {
+        status.details = Some(Box::new(Details {
             causes: vec![Cause { reason: String::new(), message: why.to_string(), field: String::new() }],
             ..Details::default()
-        });
+        }));
         status
     }
 
@@ -252,14 +253,14 @@ impl Status {
     pub fn too_large_resource_version(wanted: u64, current: u64) -> Status {
         let message = format!("Too large resource version: {wanted}, current: {current}");
         let mut status = Status::new(504, "Timeout", format!("Timeout: {message}"));
-        status.details = Some(Details {
+        status.details = Some(Box::new(Details {
             causes: vec![Cause {
                 reason: "ResourceVersionTooLarge".to_owned(),
                 message: "Too large resource version".to_owned(),
                 field: String::new(),
             }],
             ..Details::default()
-        });
+        }));
         status.retry_after_seconds = Some(1);
         status
     }
@@ -267,13 +268,13 @@ impl Status {
     /// Fills details with the object's name, group and plural resource name.
     pub fn about(mut self, kind: &Kind, name: &str) -> Status {
         let causes = self.details.take().map(|d| d.causes).unwrap_or_default();
-        self.details = Some(Details {
+        self.details = Some(Box::new(Details {
             name: name.to_owned(),
             group: kind.group.clone(),
             kind: kind.plural.clone(),
             uid: String::new(),
             causes,
-        });
+        }));
         self
     }
 

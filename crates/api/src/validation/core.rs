@@ -78,11 +78,9 @@ pub(super) fn secret(faults: &mut Faults, new: &Value) {
         }
         "kubernetes.io/dockercfg" => json_key(faults, data, ".dockercfg"),
         "kubernetes.io/dockerconfigjson" => json_key(faults, data, ".dockerconfigjson"),
-        "kubernetes.io/basic-auth" => {
-            if data.get("username").is_none() && data.get("password").is_none() {
-                need(faults, "username");
-                need(faults, "password");
-            }
+        "kubernetes.io/basic-auth" if data.get("username").is_none() && data.get("password").is_none() => {
+            need(faults, "username");
+            need(faults, "password");
         }
         "kubernetes.io/ssh-auth" => need(faults, "ssh-privatekey"),
         "kubernetes.io/tls" => {

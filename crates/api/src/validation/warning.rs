@@ -25,10 +25,8 @@ pub(super) fn of(kind: &Kind, new: &Value, old: Option<&Value>) -> Vec<String> {
         }
         ("networking.k8s.io", "Ingress") => ingress(&mut texts, new, old),
         ("networking.k8s.io", "NetworkPolicy") => policy(&mut texts, new),
-        ("discovery.k8s.io", "EndpointSlice") => {
-            if meta::text(new, &["addressType"]) == "FQDN" {
-                texts.push("spec.addressType: FQDN endpoints are deprecated".to_owned());
-            }
+        ("discovery.k8s.io", "EndpointSlice") if meta::text(new, &["addressType"]) == "FQDN" => {
+            texts.push("spec.addressType: FQDN endpoints are deprecated".to_owned());
         }
         _ => {}
     }
