@@ -242,9 +242,32 @@ fn taint_new_node(node: &mut Value) {
     meta::set(node, &["spec", "taints"], Value::Array(taints));
 }
 
+/// Gives a new Job the selector and labels that tell its Pods from all others (batch/job strategy, generateSelector).
+pub fn job_selector(job: &mut Value, uid: &str) {
+    if meta::get(job, &["spec", "manualSelector"]) == &json!(true) {
+        return;
+    }
+    let name = meta::name(job).to_owned();
+    let no_labels = meta::get(job, &["metadata", "labels"]).is_null();
+    let labels = [
+        ("batch.kubernetes.io/controller-uid", uid),
+        ("batch.kubernetes.io/job-name", name.as_str()),
+        ("controller-uid", uid),
+        ("job-name", name.as_str()),
+    ];
+    for (key, value) in labels {
+        meta::set(job, &["spec", "template", "metadata", "labels", key], json!(value));
+    }
+    meta::set(job, &["spec", "selector", "matchLabels", "batch.kubernetes.io/controller-uid"], json!(uid));
+    if no_labels {
+        let labels = meta::get(job, &["spec", "template", "metadata", "labels"]).clone();
+        meta::set(job, &["metadata", "labels"], labels);
+    }
+}
+
 /// Metadata only the server sets on a new object.
-pub fn stamp(new: &mut Value, now: Timestamp) {
-    meta::set(new, &["metadata", "uid"], json!(uuid::Uuid::new_v4().to_string()));
+pub fn stamp(new: &mut Value, uid: &str, now: Timestamp) {
+    meta::set(new, &["metadata", "uid"], json!(uid));
     meta::set(new, &["metadata", "creationTimestamp"], json!(meta::format_time(now)));
     for field in ["deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "resourceVersion"] {
         meta::remove(new, &["metadata", field]);

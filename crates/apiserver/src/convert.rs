@@ -4,6 +4,7 @@
 //! conversion between the two does.
 
 use portolan_api::kinds::{Kind, Storage};
+use portolan_api::meta;
 use serde_json::{Map, Value, json};
 
 /// (name in `events.k8s.io/v1`, name in core `v1`)
@@ -43,6 +44,32 @@ pub fn from_storage(kind: &Kind, value: Value) -> Value {
     }
 }
 
+/// Keeps fields in step that say one thing twice: the first of several addresses and the list of them. The single field
+/// wins, because older clients know only that one (core/v1 conversion of PodStatus and NodeSpec).
+pub fn synchronize(kind: &Kind, value: &mut Value) {
+    let (parent, single, list, wrapped) = if kind.is("", "Pod") {
+        ("status", "podIP", "podIPs", true)
+    } else if kind.is("", "Node") {
+        ("spec", "podCIDR", "podCIDRs", false)
+    } else {
+        return;
+    };
+    let one = meta::text(value, &[parent, single]).to_owned();
+    let first = meta::list(value, &[parent, list]).first().map(|first| {
+        let text = if wrapped { meta::text(first, &["ip"]) } else { first.as_str().unwrap_or_default() };
+        text.to_owned()
+    });
+    match first {
+        Some(first) if one.is_empty() => meta::set(value, &[parent, single], json!(first)),
+        Some(first) if first == one => {}
+        None if one.is_empty() => {}
+        Some(_) | None => {
+            let item = if wrapped { json!({"ip": one}) } else { json!(one) };
+            meta::set(value, &[parent, list], json!([item]));
+        }
+    }
+}
+
 fn rename(value: Value, api_version: &str, name: impl Fn(&str) -> Option<&'static str>) -> Value {
     let Value::Object(fields) = value else { return value };
     let mut renamed: Map<String, Value> = fields
@@ -57,6 +84,23 @@ fn rename(value: Value, api_version: &str, name: impl Fn(&str) -> Option<&'stati
 mod tests {
     use super::*;
     use portolan_api::kinds::Registry;
+
+    #[test]
+    fn the_single_address_and_the_list_agree() {
+        let registry = Registry::builtin();
+        let pod = registry.by_type_meta("v1", "Pod").expect("built in");
+        let rows = [
+            (json!({"podIP": "1"}), json!({"podIP": "1", "podIPs": [{"ip": "1"}]})),
+            (json!({"podIPs": [{"ip": "1"}, {"ip": "2"}]}), json!({"podIP": "1", "podIPs": [{"ip": "1"}, {"ip": "2"}]})),
+            (json!({"podIP": "3", "podIPs": [{"ip": "1"}]}), json!({"podIP": "3", "podIPs": [{"ip": "3"}]})),
+            (json!({}), json!({})),
+        ];
+        for (given, want) in rows {
+            let mut object = json!({"status": given});
+            synchronize(pod, &mut object);
+            assert_eq!(object["status"], want);
+        }
+    }
 
     #[test]
     fn events_look_the_same_after_a_round_trip() {

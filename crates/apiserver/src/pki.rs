@@ -123,14 +123,12 @@ impl Authority {
         &self.pem
     }
 
-    /// A client certificate for a user and groups.
-    pub fn client(&self, user: &str, groups: &[&str]) -> Result<Identity, Error> {
+    /// A client certificate for a user in a group.
+    pub fn client(&self, user: &str, group: &str) -> Result<Identity, Error> {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, user);
-        for group in groups {
-            params.distinguished_name.push(DnType::OrganizationName, *group);
-        }
+        params.distinguished_name.push(DnType::OrganizationName, group);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         self.sign(params)
@@ -207,9 +205,9 @@ mod tests {
     #[test]
     fn client_certificates_carry_user_and_groups() {
         let authority = Authority::load(None).expect("authority");
-        let identity = authority.client("jane", &["dev", "system:masters"]).expect("certificate");
+        let identity = authority.client("jane", "dev").expect("certificate");
         let der = certificate_der(&identity.certificate_pem).expect("pem");
-        assert_eq!(subject(&der), Some(("jane".to_owned(), vec!["dev".to_owned(), "system:masters".to_owned()])));
+        assert_eq!(subject(&der), Some(("jane".to_owned(), vec!["dev".to_owned()])));
     }
 
     #[test]

@@ -183,17 +183,17 @@ impl Server {
     /// # Errors
     /// The certificate cannot be made.
     pub fn kubeconfig(&self, server_url: &str) -> Result<String, Error> {
-        self.kubeconfig_for(server_url, "kubernetes-admin", &["system:masters"])
+        self.kubeconfig_for(server_url, "kubernetes-admin", "system:masters")
     }
 
-    /// A kubeconfig for any user and groups.
+    /// A kubeconfig for any user in a group.
     ///
     /// # Errors
     /// The certificate cannot be made.
-    pub fn kubeconfig_for(&self, server_url: &str, user: &str, groups: &[&str]) -> Result<String, Error> {
+    pub fn kubeconfig_for(&self, server_url: &str, user: &str, group: &str) -> Result<String, Error> {
         use base64::Engine as _;
         let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
-        let identity = self.authority.client(user, groups)?;
+        let identity = self.authority.client(user, group)?;
         Ok(format!(
             "apiVersion: v1\nkind: Config\nclusters:\n- name: portolan\n  cluster:\n    server: {server_url}\n    \
              certificate-authority-data: {ca}\nusers:\n- name: {user}\n  user:\n    client-certificate-data: {cert}\n    \

@@ -93,11 +93,16 @@ impl Pipeline<'_> {
         for field in ["uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink"] {
             meta::remove(&mut new, &["metadata", field]);
         }
+        let uid = uuid::Uuid::new_v4().to_string();
+        convert::synchronize(kind, &mut new);
         defaulting::default(ty, &mut new);
         let generated = self.name(txn, entry, namespace, &mut new)?;
         // What the server adds from here on belongs to no field manager.
         strategy::prepare_create(kind, &mut new);
         self.track(ty, None, &mut new, change);
+        if kind.is("batch", "Job") {
+            admission::job_selector(&mut new, &uid);
+        }
         self.server.admission.create(kind, &mut new, txn.state())?;
         let changes = if kind.is("", "Service") {
             let plan = self.server.pools.lock().plan_create(kind, &mut new, change.dry_run, &mut services::pick)?;
@@ -125,7 +130,7 @@ impl Pipeline<'_> {
             }
             return Err(status);
         }
-        admission::stamp(&mut new, self.now);
+        admission::stamp(&mut new, &uid, self.now);
         let object = self.put(txn, entry, &key, new)?;
         if let Some(changes) = changes {
             self.addresses(txn, &changes, namespace, &name, change.dry_run)?;
@@ -203,7 +208,7 @@ impl Pipeline<'_> {
         for ip in &changes.take_ips {
             let mut object = services::address_object(*ip, namespace, name);
             strategy::prepare_create(&kind, &mut object);
-            admission::stamp(&mut object, self.now);
+            admission::stamp(&mut object, &uuid::Uuid::new_v4().to_string(), self.now);
             txn.put(services::IP_ADDRESSES, &Key::new("", &ip.to_string()), object);
         }
         txn.after_commit({
@@ -244,6 +249,7 @@ impl Pipeline<'_> {
             meta::put(&mut new, &["metadata", field], meta::get(&old_value, &["metadata", field]).clone());
         }
         meta::remove(&mut new, &["metadata", "selfLink"]);
+        convert::synchronize(kind, &mut new);
         defaulting::default(ty, &mut new);
         let changes = if kind.is("", "Service") && change.subresource.is_none() {
             portolan_api::service::drop_type_dependent_fields(&mut new, &old_value);
@@ -291,6 +297,8 @@ impl Pipeline<'_> {
         if entry.kind.is("", "Service") {
             let changes = self.server.pools.lock().plan_delete(&last.value);
             self.addresses(txn, &changes, &key.namespace, &key.name, dry_run)?;
+            // The Endpoints object goes with its Service, whoever made it (registry/core/service/storage).
+            txn.delete("endpoints", key);
         }
         Ok(last)
     }

@@ -1,0 +1,5 @@
+//! Tests of the server as clients see it: in process, over TLS, and across `kill -9`.
+
+mod crash;
+mod requests;
+mod support;
