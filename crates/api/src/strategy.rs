@@ -48,7 +48,6 @@ pub fn prepare_create(kind: &Kind, new: &mut Value) {
     if kind.is("apps", "DaemonSet") {
         meta::set(new, &["metadata", "annotations", TEMPLATE_GENERATION], json!("1"));
     }
-    sync_singular(kind, new);
     empty_lists(kind, new);
 }
 
@@ -68,54 +67,6 @@ fn empty_lists(kind: &Kind, object: &mut Value) {
         if meta::list(object, &[field]).is_empty() {
             meta::set(object, &[field], Value::Null);
         }
-    }
-}
-
-/// Fills in what needs the uid of the new object: the selector and labels by which a Job finds its Pods.
-///
-/// To be called after the caller has set `metadata.uid`.
-pub fn complete_create(kind: &Kind, new: &mut Value) {
-    let manual = meta::get(new, &["spec", "manualSelector"]) == true;
-    if !kind.is("batch", "Job") || manual || !meta::get(new, &["spec", "selector"]).is_null() {
-        return;
-    }
-    let uid = json!(meta::uid(new));
-    let name = json!(meta::name(new));
-    const CONTROLLER_UID: &str = "batch.kubernetes.io/controller-uid";
-    for (key, value) in [
-        (CONTROLLER_UID, &uid),
-        ("controller-uid", &uid),
-        ("batch.kubernetes.io/job-name", &name),
-        ("job-name", &name),
-    ] {
-        meta::set(new, &["spec", "template", "metadata", "labels", key], value.clone());
-        meta::set(new, &["metadata", "labels", key], value.clone());
-    }
-    meta::set(new, &["spec", "selector"], json!({ "matchLabels": { CONTROLLER_UID: uid } }));
-    if meta::get(new, &["spec", "manualSelector"]).is_null() {
-        meta::set(new, &["spec", "manualSelector"], json!(false));
-    }
-}
-
-/// Fields that exist once as a value and once as a list: the single value decides when both are given.
-fn sync_singular(kind: &Kind, object: &mut Value) {
-    let (parent, single, plural): (&str, &str, &str) = match (kind.group.as_str(), kind.kind.as_str()) {
-        _ if kind.custom => return,
-        ("", "Pod") => ("status", "podIP", "podIPs"),
-        ("", "Node") => ("spec", "podCIDR", "podCIDRs"),
-        _ => return,
-    };
-    let wrap = |text: &str| if plural == "podIPs" { json!({ "ip": text }) } else { json!(text) };
-    let unwrap = |value: &Value| {
-        let text = if plural == "podIPs" { meta::text(value, &["ip"]) } else { value.as_str().unwrap_or_default() };
-        text.to_owned()
-    };
-    let value = meta::text(object, &[parent, single]).to_owned();
-    let first = meta::list(object, &[parent, plural]).first().map(unwrap).unwrap_or_default();
-    if value.is_empty() && !first.is_empty() {
-        meta::set(object, &[parent, single], json!(first));
-    } else if !value.is_empty() && value != first {
-        meta::set(object, &[parent, plural], json!([wrap(&value)]));
     }
 }
 
@@ -242,7 +193,6 @@ pub fn prepare_update(kind: &Kind, new: &mut Value, old: &Value, subresource: Op
             }
         }
     }
-    sync_singular(kind, new);
     empty_lists(kind, new);
     let changed = match kind.generation {
         Generation::None => return,
@@ -383,34 +333,6 @@ mod tests {
         let mut new = write;
         prepare_update(&kind("apps", "deployments"), &mut new, &old, Some("status"));
         assert_eq!(new["metadata"]["labels"]["k"], json!("1"));
-    }
-
-    #[test]
-    fn a_single_address_decides_over_the_list() {
-        let pods = kind("", "pods");
-        let rows = [
-            ("alone", json!({"podIP": "10.0.0.1"}), json!({"podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}]})),
-            ("the_list_alone", json!({"podIPs": [{"ip": "a"}, {"ip": "b"}]}), json!({"podIP": "a", "podIPs": [{"ip": "a"}, {"ip": "b"}]})),
-            ("against_the_list", json!({"podIP": "c", "podIPs": [{"ip": "a"}, {"ip": "b"}]}), json!({"podIP": "c", "podIPs": [{"ip": "c"}]})),
-            ("neither", json!({}), json!({})),
-        ];
-        for (name, status, want) in rows {
-            let mut new = json!({"metadata": {}, "status": status});
-            prepare_update(&pods, &mut new, &json!({"metadata": {}, "status": {}}), Some("status"));
-            assert_eq!(new["status"], want, "{name}");
-        }
-    }
-
-    #[test]
-    fn a_job_selects_its_pods_by_its_uid() {
-        let mut job = json!({"metadata": {"name": "j", "uid": "u"}, "spec": {"template": {}}});
-        complete_create(&kind("batch", "jobs"), &mut job);
-        let id = "batch.kubernetes.io/controller-uid";
-        assert_eq!(job["spec"]["selector"]["matchLabels"][id], "u");
-        assert_eq!(job["spec"]["template"]["metadata"]["labels"]["job-name"], "j");
-        let mut chosen = json!({"metadata": {"uid": "u"}, "spec": {"manualSelector": true, "selector": {}}});
-        complete_create(&kind("batch", "jobs"), &mut chosen);
-        assert_eq!(chosen["spec"]["selector"], json!({}));
     }
 
     #[test]

@@ -12,6 +12,9 @@ const NOT_HERE: &[(&str, &str)] = &[
     ("pod-validation-update", "the appended diff shows the document, not the reference implementation's structures"),
     ("pod-validation-ephemeral", "as pod-validation-update"),
     ("api-errors-ownerrefs", "repeated owner references are taken out before this pipeline"),
+    ("api-status-pod-patch", "podIP and podIPs are brought in step before this pipeline"),
+    ("api-status-pod-ips", "as api-status-pod-patch"),
+    ("api-status-node-podcidr", "as api-status-pod-patch, for podCIDR and podCIDRs"),
     ("api-list-field-namespaces", "the case's own namespace is not an object here"),
 ];
 
@@ -107,7 +110,7 @@ fn concerns_us(case: &Value) -> bool {
         let text = |key: &str| step.get(key).and_then(Value::as_str).unwrap_or_default();
         let path = text("path");
         // Watches, pages, and what the store does by itself.
-        let beyond = ["watch=", "/scale", "limit=", "includeObject", "fieldValidation=Strict"];
+        let beyond = ["watch=", "/scale", "limit=", "includeObject", "fieldValidation=Strict", "/jobs"];
         let accept = text("accept");
         let whole_collection = text("method") == "DELETE" && path.contains("Selector");
         let lifecycle = text("method") == "DELETE" && (path.contains("/pods/") || path.matches('/').count() == 4);

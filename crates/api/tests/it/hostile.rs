@@ -135,7 +135,8 @@ fn any_text_is_a_selector_or_an_error() {
     let registry = Registry::builtin();
     let pod = registry.by_gvr("", "v1", "pods").expect("built in");
     let mut random = Random(7);
-    let parts = ["a", "=", "!", "in", "notin", "(", ")", ",", "<", ">", " ", "é", "\\", "metadata.name", "\u{a0}", "=="];
+    let parts =
+        ["a", "=", "!", "in", "notin", "(", ")", ",", "<", ">", " ", "é", "\\", "metadata.name", "\u{a0}", "=="];
     for _ in 0..20_000 {
         let text: String = (0..random.below(9)).map(|_| *random.pick(&parts)).collect();
         let _ = LabelSelector::parse(&text);

@@ -295,7 +295,6 @@ impl Server {
         }
         let warnings = admitted.warnings.len() + validation::warnings(&kind, &new, None).len();
         self.stamp(&mut new, true);
-        strategy::complete_create(&kind, &mut new);
         if !dry_run {
             self.keep(call, &new, &changes);
         }
