@@ -30,7 +30,7 @@ mod volume;
 mod container;
 mod worker;
 
-pub use api::{EventType, KubeApi, LookupError, NodeApi};
+pub use api::{BoundToken, EventType, KubeApi, LookupError, NodeApi};
 pub use config::{Error, NodeConfig, RuntimeConfig};
 pub use image::ImageStore;
 pub use kubelet::Kubelet;

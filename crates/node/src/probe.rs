@@ -343,26 +343,21 @@ impl Url {
 
     /// The target of a redirect.
     fn join(&self, location: &str) -> Option<Url> {
-        let uri: Uri = location.parse().ok()?;
-        let path = uri.path_and_query().map_or("/", |p| p.as_str());
-        match (uri.scheme_str(), uri.host()) {
-            (Some(scheme), Some(host)) => {
-                let https = scheme == "https";
-                let port = uri.port_u16().unwrap_or(if https { 443 } else { 80 });
-                let host = host.trim_start_matches('[').trim_end_matches(']').to_string();
-                Some(Url { https, host, port, path: path.to_string() })
-            }
-            (None, None) => {
-                let path = if location.starts_with('/') {
-                    location.to_string()
-                } else {
-                    let base = self.path.split('?').next().unwrap_or("/");
-                    format!("{}/{location}", base.rsplit_once('/').map_or("", |(dir, _)| dir))
-                };
-                Some(Url { path, ..self.clone() })
-            }
-            _ => None,
+        if !location.contains("://") {
+            let path = if location.starts_with('/') {
+                location.to_string()
+            } else {
+                let base = self.path.split('?').next().unwrap_or("/");
+                format!("{}/{location}", base.rsplit_once('/').map_or("", |(dir, _)| dir))
+            };
+            return Some(Url { path, ..self.clone() });
         }
+        let uri: Uri = location.parse().ok()?;
+        let https = uri.scheme_str()? == "https";
+        let port = uri.port_u16().unwrap_or(if https { 443 } else { 80 });
+        let host = uri.host()?.trim_start_matches('[').trim_end_matches(']').to_string();
+        let path = uri.path_and_query().map_or("/", |p| p.as_str()).to_string();
+        Some(Url { https, host, port, path })
     }
 }
 

@@ -14,7 +14,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, LazyLock, Mutex};
-use std::time::Duration;
 
 use jiff::Timestamp;
 use nix::mount::{MntFlags, umount2};
@@ -374,11 +373,6 @@ impl Process {
             // The waiting task only goes away with the runtime, so nobody is left to be told.
             Ok(None) | Err(_) => std::future::pending().await,
         }
-    }
-
-    /// Waits for the end, at most this long.
-    pub(crate) async fn wait_within(&self, time: Duration) -> Option<Exit> {
-        tokio::time::timeout(time, self.wait()).await.ok()
     }
 }
 

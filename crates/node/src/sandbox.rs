@@ -27,8 +27,6 @@ pub(crate) const ADDRESS_REST: Duration = Duration::from_secs(5);
 /// Why a sandbox could not be made; the text goes into event `FailedCreatePodSandBox`.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SandboxError {
-    #[error("no free address in {0}")]
-    NoAddress(IpNet),
     #[error("cannot {action}: {source}")]
     Namespace {
         action: String,
@@ -205,11 +203,6 @@ impl Sandbox {
                 .map_err(|source| SandboxError::Namespace { action: format!("remove {}", path.display()), source })?;
         }
         Ok(())
-    }
-
-    /// Whether the pod uses the node's network.
-    pub(crate) fn on_host_network(&self) -> bool {
-        self.own_network.is_none()
     }
 }
 
