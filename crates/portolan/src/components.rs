@@ -153,6 +153,7 @@ pub async fn echo(args: args::Echo) -> Result<()> {
         http_ports,
         tcp_ports: args.tcp_port,
         udp_ports: args.udp_port,
+        identity: portolan_node::echo::Identity::from_env(),
         ..Default::default()
     };
     Ok(portolan_node::echo::run(config).await?)

@@ -47,7 +47,7 @@ pub async fn run(args: args::Plan) -> Result<()> {
     }
     let (map, findings) = portolan_plan::service::compile(&world, &view);
     for family in [IpFamily::V4, IpFamily::V6] {
-        for transaction in Renderer::new(family).full(&map, &view, Existing::default()) {
+        for transaction in Renderer::new(family).full(&map, &view, Existing::default()).transactions {
             print!("{}", portolan_nft::text::script(&transaction));
         }
     }

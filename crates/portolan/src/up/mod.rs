@@ -9,7 +9,6 @@ mod system;
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -84,7 +83,6 @@ fn detach(args: &args::Up, paths: &Paths) -> Result<()> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log)
-        .process_group(0)
         .spawn()
         .context("cannot start the background process")?;
     let output = child.stdout.take().context("the background process has no output")?;
