@@ -9,6 +9,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
@@ -23,6 +24,9 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+/// A closed server's task lets go of its port within this, unless the runtime is stuck.
+const LET_GO: Duration = Duration::from_millis(500);
+
 /// The health-check servers of one node.
 #[derive(Debug)]
 pub struct HealthServers {
@@ -31,6 +35,8 @@ pub struct HealthServers {
     addresses: Vec<IpAddr>,
     servers: BTreeMap<ObjectKey, Server>,
     healthy: Arc<AtomicBool>,
+    /// When servers were last told to close; their tasks let go of the ports a moment later.
+    closed: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -49,7 +55,7 @@ impl Drop for Server {
 impl HealthServers {
     /// No servers yet; they will listen in `netns` and run on `runtime`.
     pub fn new(netns: Netns, runtime: Handle) -> HealthServers {
-        HealthServers { netns, runtime, addresses: Vec::new(), servers: BTreeMap::new(), healthy: Arc::new(AtomicBool::new(true)) }
+        HealthServers { netns, runtime, addresses: Vec::new(), servers: BTreeMap::new(), healthy: Arc::new(AtomicBool::new(true)), closed: None }
     }
 
     /// Says whether the proxy itself is healthy; part of every answer.
@@ -59,18 +65,22 @@ impl HealthServers {
 
     /// Opens, closes and updates servers. Answers the Services whose port cannot be opened, which is no trouble for traffic.
     pub fn set(&mut self, wanted: &BTreeMap<ObjectKey, HealthCheck>, addresses: &[IpAddr]) -> Vec<(ObjectKey, u16, io::Error)> {
+        let before = self.servers.len();
         if self.addresses != addresses {
             self.addresses = addresses.to_vec();
             self.servers.clear();
         }
         self.servers.retain(|key, server| wanted.get(key).is_some_and(|w| w.port.get() == server.port));
+        if self.servers.len() < before {
+            self.closed = Some(Instant::now());
+        }
         let mut failed = Vec::new();
         for (key, check) in wanted {
             if let Some(server) = self.servers.get(key) {
                 server.local_endpoints.store(check.local_endpoints, Ordering::Relaxed);
                 continue;
             }
-            match self.open(key, check) {
+            match self.open_patiently(key, check) {
                 Ok(server) => {
                     self.servers.insert(key.clone(), server);
                 }
@@ -81,6 +91,18 @@ impl HealthServers {
             }
         }
         failed
+    }
+
+    /// Opens a server; waits for a port that one of ours may just be letting go of.
+    fn open_patiently(&self, key: &ObjectKey, check: &HealthCheck) -> io::Result<Server> {
+        loop {
+            match self.open(key, check) {
+                Err(e) if e.kind() == io::ErrorKind::AddrInUse && self.closed.is_some_and(|at| at.elapsed() < LET_GO) => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                result => return result,
+            }
+        }
     }
 
     fn open(&self, key: &ObjectKey, check: &HealthCheck) -> io::Result<Server> {
@@ -141,7 +163,7 @@ async fn serve(listener: std::net::TcpListener, answer: Answer, stop: Cancellati
                 Err(error) => {
                     // Out of descriptors, for example: the backlog waits meanwhile.
                     warn!(%error, "cannot accept a health check");
-                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
             },

@@ -54,6 +54,11 @@ impl Site {
     }
 
     fn apply(&mut self, changes: &[Change]) -> Result<(), String> {
+        // The proxies block, as on their own threads in the agent.
+        tokio::task::block_in_place(|| self.apply_blocking(changes))
+    }
+
+    fn apply_blocking(&mut self, changes: &[Change]) -> Result<(), String> {
         for (proxy, health) in &mut self.proxies {
             for change in changes {
                 proxy.change(change.clone());
