@@ -87,8 +87,30 @@ fn initial_status(kind: &Kind, new: &Value) -> Option<Value> {
             json!({ "disruptionsAllowed": 0, "currentHealthy": 0, "desiredHealthy": 0, "expectedPods": 0 })
         }
         ("autoscaling", "HorizontalPodAutoscaler") => json!({ "desiredReplicas": 0, "currentMetrics": null }),
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => json!({
+            "conditions": null,
+            "acceptedNames": { "plural": "", "kind": "" },
+            "storedVersions": stored_versions(new),
+        }),
         _ => json!({}),
     })
+}
+
+/// Notes a new storage version: objects may be stored in the earlier ones still.
+fn add_stored_version(definition: &mut Value) {
+    let Value::Array(storage) = stored_versions(definition) else { return };
+    let mut stored = meta::list(definition, &["status", "storedVersions"]).to_vec();
+    stored.extend(storage.into_iter().filter(|name| !stored.contains(name)).collect::<Vec<_>>());
+    meta::set(definition, &["status", "storedVersions"], Value::Array(stored));
+}
+
+/// The version that objects of a definition are stored in; null if none is.
+fn stored_versions(definition: &Value) -> Value {
+    let storage = meta::list(definition, &["spec", "versions"])
+        .iter()
+        .find(|version| meta::get(version, &["storage"]) == true)
+        .map(|version| meta::text(version, &["name"]));
+    storage.map_or(Value::Null, |name| json!([name]))
 }
 
 fn initial_pod_status(pod: &Value) -> Value {
@@ -180,6 +202,9 @@ pub fn prepare_update(kind: &Kind, new: &mut Value, old: &Value, subresource: Op
                 let name = meta::name(new).to_owned();
                 meta::set(new, &["metadata", "labels", "kubernetes.io/metadata.name"], json!(name));
             }
+            if kind.is("apiextensions.k8s.io", "CustomResourceDefinition") {
+                add_stored_version(new);
+            }
             if kind.is("apps", "DaemonSet") {
                 let template = ["spec", "template"];
                 let stored =
@@ -196,7 +221,14 @@ pub fn prepare_update(kind: &Kind, new: &mut Value, old: &Value, subresource: Op
     empty_lists(kind, new);
     let changed = match kind.generation {
         Generation::None => return,
-        Generation::Spec => content_changed(kind, new, old),
+        Generation::Spec => {
+            // Annotations steer how a Deployment rolls out, so they count as content there.
+            let annotations = ["metadata", "annotations"];
+            content_changed(kind, new, old)
+                || (kind.is("apps", "Deployment")
+                    && subresource.is_none()
+                    && !same(meta::get(new, &annotations), meta::get(old, &annotations)))
+        }
         Generation::SpecAndLabels => {
             content_changed(kind, new, old)
                 || !same(meta::get(new, &["metadata", "labels"]), meta::get(old, &["metadata", "labels"]))
@@ -308,6 +340,12 @@ mod tests {
             ("a_label", &deployments, json!({"metadata": {"labels": {"a": "b"}}, "spec": {"replicas": 1}}), 4),
             ("the_spec", &deployments, json!({"metadata": {}, "spec": {"replicas": 2}}), 5),
             ("status_is_not_taken", &deployments, json!({"metadata": {}, "spec": {"replicas": 1}, "status": {}}), 4),
+            (
+                "an_annotation_of_a_deployment",
+                &deployments,
+                json!({"metadata": {"annotations": {"a": "b"}}, "spec": {"replicas": 1}}),
+                5,
+            ),
             ("a_label_of_a_slice", &slices, json!({"metadata": {"labels": {"a": "b"}}, "spec": {"replicas": 1}}), 5),
             (
                 "an_annotation_of_a_slice",

@@ -6,6 +6,7 @@
 
 mod core;
 mod endpoints;
+mod extension;
 mod ingress;
 mod metadata;
 mod network;
@@ -91,6 +92,7 @@ fn spec(faults: &mut Faults, kind: &Kind, new: &Value, old: Option<&Value>) {
         ("networking.k8s.io", "ServiceCIDR") => network::service_cidr(faults, new, old),
         ("networking.k8s.io", "IPAddress") => network::ip_address(faults, new),
         ("coordination.k8s.io", "Lease") => core::lease(faults, new),
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => extension::definition(faults, new),
         ("rbac.authorization.k8s.io", _) => core::rbac(faults, kind, new),
         ("policy", "PodDisruptionBudget") => core::disruption_budget(faults, new),
         ("scheduling.k8s.io", "PriorityClass") => core::priority_class(faults, new, old),
@@ -107,6 +109,7 @@ fn immutable(faults: &mut Faults, kind: &Kind, new: &Value, old: &Value) {
         ("", "Secret") => core::secret_update(faults, new, old),
         ("", "Node") => core::node_update(faults, new, old),
         ("apps", "Deployment" | "ReplicaSet" | "DaemonSet") => workload::selector_unchanged(faults, new, old),
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => extension::definition_update(faults, new, old),
         ("apps", "StatefulSet") => workload::stateful_set_update(faults, new, old),
         ("apps", "ControllerRevision") => {
             faults.unchanged("data", meta::get(new, &["data"]), meta::get(old, &["data"]))

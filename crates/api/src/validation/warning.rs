@@ -127,6 +127,13 @@ fn pod(texts: &mut Vec<String>, field: &str, spec: &Value) {
             }
         }
     }
+    for (i, constraint) in meta::list(spec, &["topologySpreadConstraints"]).iter().enumerate() {
+        if meta::get(constraint, &["labelSelector"]).is_null() {
+            texts.push(format!(
+                "{field}.topologySpreadConstraints[{i}].labelSelector: a null labelSelector results in matching no pod"
+            ));
+        }
+    }
     for (i, ip) in strings(spec, &["dnsConfig", "nameservers"]).into_iter().enumerate() {
         noncanonical_ip(texts, &format!("{field}.dnsConfig.nameservers[{i}]"), ip);
     }

@@ -192,6 +192,11 @@ fn tables_are_filled_as_recorded() {
 }
 
 #[test]
+fn definitions_are_judged_as_recorded() {
+    run("crd.jsonl", BOTH, &["crd-invalid"]);
+}
+
+#[test]
 fn statuses_names_and_labels_are_judged_as_recorded() {
     run(
         "api-core.jsonl",
