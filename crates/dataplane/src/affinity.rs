@@ -98,9 +98,9 @@ impl Numbers {
         };
         if !fits {
             self.release(id);
-            let bits = (MIN_BITS..=MAX_BITS).find(|bits| backends.len() as u32 <= (1 << bits) / 2).or_else(|| {
-                ((backends.len() as u32) < 1 << MAX_BITS).then_some(MAX_BITS)
-            })?;
+            let bits = (MIN_BITS..=MAX_BITS)
+                .find(|bits| backends.len() as u32 <= (1 << bits) / 2)
+                .or_else(|| ((backends.len() as u32) < 1 << MAX_BITS).then_some(MAX_BITS))?;
             let base = self.take(bits)?;
             let mut block = Block { base, bits, timeout_seconds, offsets: BTreeMap::new(), cursor: 0 };
             block.cover(backends);
@@ -133,7 +133,14 @@ impl Numbers {
     }
 
     /// Takes over a block that a table found at start uses, so that clients keep their endpoints.
-    pub fn adopt(&mut self, id: &ServicePortId, timeout_seconds: u64, bits: u32, service_mark: u32, endpoints: &[(Backend, u32)]) {
+    pub fn adopt(
+        &mut self,
+        id: &ServicePortId,
+        timeout_seconds: u64,
+        bits: u32,
+        service_mark: u32,
+        endpoints: &[(Backend, u32)],
+    ) {
         if !(MIN_BITS..=MAX_BITS).contains(&bits) || service_mark & MASQUERADE != 0 {
             return;
         }
@@ -162,7 +169,12 @@ mod tests {
     use portolan_plan::world::{IpFamily, L4, ObjectKey};
 
     fn id(name: &str) -> ServicePortId {
-        ServicePortId { service: ObjectKey::new("ns", name), port_name: String::new(), protocol: L4::Tcp, family: IpFamily::V4 }
+        ServicePortId {
+            service: ObjectKey::new("ns", name),
+            port_name: String::new(),
+            protocol: L4::Tcp,
+            family: IpFamily::V4,
+        }
     }
 
     fn backends(lasts: &[u8]) -> BTreeSet<Backend> {
@@ -198,7 +210,8 @@ mod tests {
         let mut before = Numbers::default();
         before.assign(&id("x"), &backends(&[9]), 60).unwrap();
         let block = before.assign(&id("a"), &backends(&[1, 2]), 60).unwrap();
-        let endpoints: Vec<(Backend, u32)> = backends(&[1, 2]).into_iter().map(|b| (b, block.mark(&b).unwrap())).collect();
+        let endpoints: Vec<(Backend, u32)> =
+            backends(&[1, 2]).into_iter().map(|b| (b, block.mark(&b).unwrap())).collect();
         let mut after = Numbers::default();
         after.adopt(&id("a"), 60, block.bits(), block.service_mark(), &endpoints);
         let again = after.assign(&id("a"), &backends(&[1, 2]), 60).unwrap().clone();

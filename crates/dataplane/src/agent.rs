@@ -13,7 +13,7 @@ use kube::api::Api;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Resource, ResourceExt};
 use portolan_client::{EventRecorder, EventType};
-use portolan_linux::Netns;
+use portolan_linux::{Netns, set_sysctl};
 use portolan_observe::Observer;
 use portolan_plan::finding::Severity;
 use portolan_plan::world::{IpFamily, LocalDetection, NodeView, ObjectKey, parse_ip, parse_net};
@@ -26,7 +26,7 @@ use crate::metrics::Metrics;
 use crate::monitor;
 use crate::proxy::ServiceProxy;
 
-/// How the kernel's state is compared with ours even without a sign of interference.
+/// How often the kernel's state is compared with ours even without a sign of interference.
 const FULL_SYNC_PERIOD: Duration = Duration::from_secs(3600);
 
 /// What a service-proxy agent needs to know.
@@ -112,7 +112,12 @@ pub enum Error {
 ///
 /// # Errors
 /// Fails at start when the kernel cannot be reached, and when the applier's thread dies.
-pub async fn run(config: AgentConfig, client: kube::Client, observer: Observer, shutdown: CancellationToken) -> Result<(), Error> {
+pub async fn run(
+    config: AgentConfig,
+    client: kube::Client,
+    observer: Observer,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
     let node_name = config.node_name.clone();
     let gate = observer.gate(&format!("proxy/{node_name}"));
     gate.not_ready("Services and EndpointSlices are not programmed yet");
@@ -120,6 +125,8 @@ pub async fn run(config: AgentConfig, client: kube::Client, observer: Observer, 
     let kernel = |source| Error::Kernel { node: node_name.clone(), source };
 
     let proxy = ServiceProxy::new(&config.netns, config.view(None)).map_err(kernel)?;
+    let own = proxy.port_id();
+    set_sysctls(&config.netns);
     let mailbox = Mailbox::default();
     let recorder = EventRecorder::new(client.clone(), "kube-proxy", Some(node_name.clone()));
     let mut health = HealthServers::new(config.netns.clone(), tokio::runtime::Handle::current());
@@ -138,10 +145,18 @@ pub async fn run(config: AgentConfig, client: kube::Client, observer: Observer, 
                     let ok = applied.report.is_ok();
                     health.set_healthy(ok);
                     if applied.report.health_checks_changed {
-                        let failed = health.set(applied.proxy.health_checks(), &applied.proxy.node().node_port_addresses);
+                        let failed =
+                            health.set(applied.proxy.health_checks(), &applied.proxy.node().node_port_addresses);
                         for (key, port, error) in failed {
-                            let message = format!("node {node_name} failed to start healthcheck \"{key}\" on port {port}: {error}");
-                            recorder.event(&service_reference(&key), EventType::Warning, "FailedToStartServiceHealthcheck", message);
+                            let message = format!(
+                                "node {node_name} failed to start healthcheck \"{key}\" on port {port}: {error}"
+                            );
+                            recorder.event(
+                                &service_reference(&key),
+                                EventType::Warning,
+                                "FailedToStartServiceHealthcheck",
+                                message,
+                            );
                         }
                     }
                     if ok && !was_ready {
@@ -153,7 +168,7 @@ pub async fn run(config: AgentConfig, client: kube::Client, observer: Observer, 
             })
             .map_err(|source| Error::Kernel { node: config.node_name.clone(), source })?
     };
-    let monitor = monitor::watch(&config.netns, mailbox.clone(), shutdown.clone())
+    let monitor = monitor::watch(&config.netns, own, mailbox.clone())
         .map_err(|source| Error::Kernel { node: config.node_name.clone(), source })?;
 
     let services = watch_services(client.clone(), mailbox.clone());
@@ -180,6 +195,20 @@ pub async fn run(config: AgentConfig, client: kube::Client, observer: Observer, 
     match (ended_early, joined) {
         (false, Ok(Ok(()))) => Ok(()),
         _ => Err(Error::Applier { node: config.node_name }),
+    }
+}
+
+/// Conntrack settings that Services rely on (services.md 3.6). They are per namespace; one that is refused is no reason to stop.
+fn set_sysctls(netns: &Netns) {
+    for (key, value) in [
+        // A packet that conntrack deems out of window would otherwise not be translated back, and reset the connection.
+        ("net/netfilter/nf_conntrack_tcp_be_liberal", "1"),
+        ("net/netfilter/nf_conntrack_tcp_timeout_established", "86400"),
+        ("net/netfilter/nf_conntrack_tcp_timeout_close_wait", "3600"),
+    ] {
+        if let Err(error) = set_sysctl(netns, key, value) {
+            warn!(key, %error, "cannot set a kernel parameter");
+        }
     }
 }
 
@@ -217,8 +246,12 @@ fn key_of<K: Resource>(object: &K) -> ObjectKey {
 }
 
 /// Follows one kind for ever. `each` is given every change; `listed` is called after each complete list.
-async fn follow<K>(api: Api<K>, config: watcher::Config, mut each: impl FnMut(ObjectKey, Option<K>), mut listed: impl FnMut())
-where
+async fn follow<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    mut each: impl FnMut(ObjectKey, Option<K>),
+    mut listed: impl FnMut(),
+) where
     K: Resource + Clone + std::fmt::Debug + serde::de::DeserializeOwned + Send + 'static,
     K::DynamicType: Default,
 {
@@ -256,13 +289,25 @@ async fn watch_services(client: kube::Client, mailbox: Mailbox) {
     // because a label may come and go.
     let config = watcher::Config::default().fields("spec.clusterIP!=None");
     let changes = mailbox.clone();
-    follow::<Service>(Api::all(client), config, |key, service| changes.service(key, service.map(Arc::new)), || mailbox.services_listed()).await;
+    follow::<Service>(
+        Api::all(client),
+        config,
+        |key, service| changes.service(key, service.map(Arc::new)),
+        || mailbox.services_listed(),
+    )
+    .await;
 }
 
 async fn watch_slices(client: kube::Client, mailbox: Mailbox) {
     let config = watcher::Config::default().labels("!service.kubernetes.io/headless");
     let changes = mailbox.clone();
-    follow::<EndpointSlice>(Api::all(client), config, |key, slice| changes.slice(key, slice.map(Arc::new)), || mailbox.slices_listed()).await;
+    follow::<EndpointSlice>(
+        Api::all(client),
+        config,
+        |key, slice| changes.slice(key, slice.map(Arc::new)),
+        || mailbox.slices_listed(),
+    )
+    .await;
 }
 
 async fn watch_node(client: kube::Client, mailbox: Mailbox, config: AgentConfig) {

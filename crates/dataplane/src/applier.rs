@@ -30,7 +30,7 @@ struct Pending {
     services_listed: bool,
     slices_listed: bool,
     resync: bool,
-    check: bool,
+    interfered: bool,
     closed: bool,
     /// When the oldest change came in.
     queued: Option<Instant>,
@@ -38,7 +38,7 @@ struct Pending {
 
 impl Pending {
     fn has_work(&self) -> bool {
-        self.queued.is_some() || self.resync || self.check
+        self.queued.is_some() || self.resync || self.interfered
     }
 }
 
@@ -104,9 +104,9 @@ impl Mailbox {
         self.edit(false, |p| p.resync = true);
     }
 
-    /// Looks whether the table still stands, and resyncs if not.
-    pub fn check(&self) {
-        self.edit(false, |p| p.check = true);
+    /// Somebody else changed our table: reads it back and puts it right.
+    pub fn interfered(&self) {
+        self.edit(false, |p| p.interfered = true);
     }
 
     /// Ends the applier after what it is doing; the kernel's state stays.
@@ -184,7 +184,7 @@ pub fn run(mut proxy: ServiceProxy, mailbox: &Mailbox, mut after: impl FnMut(App
         for (key, slice) in pending.slices {
             proxy.change(slice.map_or(Change::SliceGone(key), Change::Slice));
         }
-        let healed = pending.check && !first && retry.is_none() && !proxy.is_table_intact();
+        let healed = pending.interfered && !first;
         if pending.resync || healed {
             proxy.distrust_kernel();
         }

@@ -44,7 +44,8 @@ pub fn stale(map: &ServiceMap, removed: &BTreeSet<Frontend>, flows: &[Flow]) -> 
                 !service.serving.iter().any(|b| b.addr == flow.reply_source && b.port.get() == flow.reply_source_port)
             }
             None => {
-                let translated = (flow.reply_source, flow.reply_source_port) != (flow.destination, flow.destination_port);
+                let translated =
+                    (flow.reply_source, flow.reply_source_port) != (flow.destination, flow.destination_port);
                 translated && (removed.contains(&exact) || on_node && removed.contains(&node_port))
             }
         }
@@ -126,7 +127,22 @@ impl Conntrack {
     pub fn delete(&mut self, flow: &Flow) -> io::Result<()> {
         self.sequence += 1;
         let family = IpFamily::of(&flow.destination);
-        let tuple = nest(1, &[addresses(flow), nest(2, &[attribute(1, &[17]), attribute(2, &flow.source_port.to_be_bytes()), attribute(3, &flow.destination_port.to_be_bytes())].concat())].concat());
+        let tuple = nest(
+            1,
+            &[
+                addresses(flow),
+                nest(
+                    2,
+                    &[
+                        attribute(1, &[17]),
+                        attribute(2, &flow.source_port.to_be_bytes()),
+                        attribute(3, &flow.destination_port.to_be_bytes()),
+                    ]
+                    .concat(),
+                ),
+            ]
+            .concat(),
+        );
         self.socket.send(&message(IPCTNL_MSG_CT_DELETE, NLM_F_REQUEST | NLM_F_ACK, self.sequence, family, &tuple))?;
         loop {
             let buffer = self.socket.receive()?;

@@ -55,7 +55,14 @@ impl Drop for Server {
 impl HealthServers {
     /// No servers yet; they will listen in `netns` and run on `runtime`.
     pub fn new(netns: Netns, runtime: Handle) -> HealthServers {
-        HealthServers { netns, runtime, addresses: Vec::new(), servers: BTreeMap::new(), healthy: Arc::new(AtomicBool::new(true)), closed: None }
+        HealthServers {
+            netns,
+            runtime,
+            addresses: Vec::new(),
+            servers: BTreeMap::new(),
+            healthy: Arc::new(AtomicBool::new(true)),
+            closed: None,
+        }
     }
 
     /// Says whether the proxy itself is healthy; part of every answer.
@@ -64,7 +71,11 @@ impl HealthServers {
     }
 
     /// Opens, closes and updates servers. Answers the Services whose port cannot be opened, which is no trouble for traffic.
-    pub fn set(&mut self, wanted: &BTreeMap<ObjectKey, HealthCheck>, addresses: &[IpAddr]) -> Vec<(ObjectKey, u16, io::Error)> {
+    pub fn set(
+        &mut self,
+        wanted: &BTreeMap<ObjectKey, HealthCheck>,
+        addresses: &[IpAddr],
+    ) -> Vec<(ObjectKey, u16, io::Error)> {
         let before = self.servers.len();
         if self.addresses != addresses {
             self.addresses = addresses.to_vec();
@@ -97,7 +108,9 @@ impl HealthServers {
     fn open_patiently(&self, key: &ObjectKey, check: &HealthCheck) -> io::Result<Server> {
         loop {
             match self.open(key, check) {
-                Err(e) if e.kind() == io::ErrorKind::AddrInUse && self.closed.is_some_and(|at| at.elapsed() < LET_GO) => {
+                Err(e)
+                    if e.kind() == io::ErrorKind::AddrInUse && self.closed.is_some_and(|at| at.elapsed() < LET_GO) =>
+                {
                     std::thread::sleep(Duration::from_millis(2));
                 }
                 result => return result,
@@ -110,11 +123,18 @@ impl HealthServers {
         let stop = CancellationToken::new();
         let port = check.port.get();
         let listeners = self.netns.run(|| {
-            self.addresses.iter().map(|addr| std::net::TcpListener::bind(SocketAddr::new(*addr, port))).collect::<io::Result<Vec<_>>>()
+            self.addresses
+                .iter()
+                .map(|addr| std::net::TcpListener::bind(SocketAddr::new(*addr, port)))
+                .collect::<io::Result<Vec<_>>>()
         })??;
         for listener in listeners {
             listener.set_nonblocking(true)?;
-            let answer = Answer { service: key.clone(), local_endpoints: local_endpoints.clone(), healthy: self.healthy.clone() };
+            let answer = Answer {
+                service: key.clone(),
+                local_endpoints: local_endpoints.clone(),
+                healthy: self.healthy.clone(),
+            };
             let stop = stop.clone();
             self.runtime.spawn(async move {
                 if let Err(error) = serve(listener, answer, stop).await {
@@ -148,7 +168,10 @@ impl Answer {
         let headers = response.headers_mut();
         headers.insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
         headers.insert(http::header::X_CONTENT_TYPE_OPTIONS, http::HeaderValue::from_static("nosniff"));
-        headers.insert(http::HeaderName::from_static("x-load-balancing-endpoint-weight"), http::HeaderValue::from(endpoints));
+        headers.insert(
+            http::HeaderName::from_static("x-load-balancing-endpoint-weight"),
+            http::HeaderValue::from(endpoints),
+        );
         response
     }
 }

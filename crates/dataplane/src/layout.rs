@@ -323,7 +323,8 @@ impl Pick {
                 let memory: Arc<str> = SetId::Affinity.name().into();
                 let number = Field::Mark { mask: u32::MAX };
                 // The Service port's own number: what its endpoints' numbers have in common.
-                let client = vec![Field::SourceAddr, Field::Mark { mask: !((1u32 << affinity.bits) - 1) & !MASQUERADE }];
+                let client =
+                    vec![Field::SourceAddr, Field::Mark { mask: !((1u32 << affinity.bits) - 1) & !MASQUERADE }];
                 let timeout = Duration::from_secs(affinity.timeout_seconds);
                 let services = match self.space {
                     Space::Address => SetId::AffinityServices,
@@ -347,7 +348,10 @@ impl Pick {
                 rules.push(translate());
                 for modulus in [self.n, 1] {
                     rules.push(vec![
-                        Statement::SetMarkFromMap { key: self.space.key_with(Field::Random { modulus }), map: slots.clone() },
+                        Statement::SetMarkFromMap {
+                            key: self.space.key_with(Field::Random { modulus }),
+                            map: slots.clone(),
+                        },
                         Statement::Forget { map: memory.clone(), key: client.clone(), data: number },
                         Statement::Update { map: memory.clone(), key: client.clone(), data: number, timeout },
                     ]);
@@ -376,7 +380,9 @@ fn chain_ops(name: &Arc<str>, base: Option<Base>, rules: Vec<Vec<Statement>>) ->
 fn not_from_pod(node: &NodeView, family: IpFamily) -> Vec<Statement> {
     match &node.local_detection {
         LocalDetection::Off => Vec::new(),
-        LocalDetection::InterfacePrefix(prefix) => vec![Statement::InputInterface { prefix: prefix.clone(), negated: true }],
+        LocalDetection::InterfacePrefix(prefix) => {
+            vec![Statement::InputInterface { prefix: prefix.clone(), negated: true }]
+        }
         LocalDetection::Networks(nets) => nets
             .iter()
             .filter(|n| IpFamily::of_net(n) == family)
@@ -389,7 +395,9 @@ fn not_from_pod(node: &NodeView, family: IpFamily) -> Vec<Statement> {
 fn from_pod(node: &NodeView, family: IpFamily) -> Vec<Statement> {
     match &node.local_detection {
         LocalDetection::Off => Vec::new(),
-        LocalDetection::InterfacePrefix(prefix) => vec![Statement::InputInterface { prefix: prefix.clone(), negated: false }],
+        LocalDetection::InterfacePrefix(prefix) => {
+            vec![Statement::InputInterface { prefix: prefix.clone(), negated: false }]
+        }
         LocalDetection::Networks(nets) => nets
             .iter()
             .filter(|n| IpFamily::of_net(n) == family)
@@ -476,7 +484,11 @@ pub fn fixed_ops(node: &NodeView, family: IpFamily, sets: &Sets) -> Vec<Op> {
         None,
         vec![
             vec![
-                Statement::InSet { key: Space::Address.key_with(Field::SourceAddr), set: SetId::SourceRanges.name().into(), negated: true },
+                Statement::InSet {
+                    key: Space::Address.key_with(Field::SourceAddr),
+                    set: SetId::SourceRanges.name().into(),
+                    negated: true,
+                },
                 Statement::Verdict(Verdict::Drop),
             ],
             vec![vmap(Space::Address, SetId::Guarded)],
@@ -489,11 +501,19 @@ pub fn fixed_ops(node: &NodeView, family: IpFamily, sets: &Sets) -> Vec<Op> {
         vec![
             vec![vmap(Space::Address, SetId::Frontends)],
             vec![
-                Statement::InSet { key: vec![Field::DestinationAddr], set: SetId::NodePortAddresses.name().into(), negated: false },
+                Statement::InSet {
+                    key: vec![Field::DestinationAddr],
+                    set: SetId::NodePortAddresses.name().into(),
+                    negated: false,
+                },
                 vmap(Space::NodePort, SetId::NodePorts),
             ],
             vec![
-                Statement::InSet { key: vec![Field::DestinationAddr], set: SetId::ClusterIps.name().into(), negated: false },
+                Statement::InSet {
+                    key: vec![Field::DestinationAddr],
+                    set: SetId::ClusterIps.name().into(),
+                    negated: false,
+                },
                 goto(REJECT),
             ],
             vec![goto(UNALLOCATED)],
@@ -505,9 +525,8 @@ pub fn fixed_ops(node: &NodeView, family: IpFamily, sets: &Sets) -> Vec<Op> {
     // Priorities: the kernel's own for destination and source translation (NF_IP_PRI_NAT_DST, NF_IP_PRI_NAT_SRC).
     chain("prerouting", nat(Hook::Prerouting, -100), services());
     chain("output", nat(Hook::Output, -100), services());
-    let cleanup = || {
-        vec![vec![Statement::MarkHas { mask: SCRATCH }, Statement::ChangeMark { keep: MASQUERADE, set: 0 }]]
-    };
+    let cleanup =
+        || vec![vec![Statement::MarkHas { mask: SCRATCH }, Statement::ChangeMark { keep: MASQUERADE, set: 0 }]];
     chain("prerouting-cleanup", filter(Hook::Prerouting, -99), cleanup());
     chain("output-cleanup", filter(Hook::Output, -99), cleanup());
     chain(

@@ -13,7 +13,7 @@ pub mod conntrack;
 pub mod health;
 pub mod layout;
 mod metrics;
-mod monitor;
+pub mod monitor;
 pub mod proxy;
 pub mod render;
 

@@ -83,11 +83,27 @@ impl Metrics {
         };
         let r = registry;
         r.register("kubeproxy_sync_proxy_rules_duration_seconds", "Time of a sync", m.sync.clone());
-        r.register("kubeproxy_sync_full_proxy_rules_duration_seconds", "Time of a sync that compared everything", m.sync_full.clone());
-        r.register("kubeproxy_sync_partial_proxy_rules_duration_seconds", "Time of a sync of changed Services", m.sync_partial.clone());
-        r.register("kubeproxy_network_programming_duration_seconds", "From the change of an endpoint to its rules", m.programming.clone());
+        r.register(
+            "kubeproxy_sync_full_proxy_rules_duration_seconds",
+            "Time of a sync that compared everything",
+            m.sync_full.clone(),
+        );
+        r.register(
+            "kubeproxy_sync_partial_proxy_rules_duration_seconds",
+            "Time of a sync of changed Services",
+            m.sync_partial.clone(),
+        );
+        r.register(
+            "kubeproxy_network_programming_duration_seconds",
+            "From the change of an endpoint to its rules",
+            m.programming.clone(),
+        );
         r.register("kubeproxy_sync_proxy_rules_last_timestamp_seconds", "Last successful sync", m.last.clone());
-        r.register("kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds", "Last change that asked for a sync", m.last_queued.clone());
+        r.register(
+            "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
+            "Last change that asked for a sync",
+            m.last_queued.clone(),
+        );
         r.register("kubeproxy_sync_proxy_rules_endpoint_changes", "EndpointSlice changes", m.endpoint_changes.clone());
         r.register("kubeproxy_sync_proxy_rules_service_changes", "Service changes", m.service_changes.clone());
         r.register(
@@ -96,10 +112,18 @@ impl Metrics {
             m.no_local.clone(),
         );
         r.register("kubeproxy_sync_proxy_rules_nftables_sync_failures", "Failed syncs", m.sync_failures.clone());
-        r.register("kubeproxy_conntrack_reconciler_sync_duration_seconds", "Time of a look at UDP flows", m.conntrack_duration.clone());
+        r.register(
+            "kubeproxy_conntrack_reconciler_sync_duration_seconds",
+            "Time of a look at UDP flows",
+            m.conntrack_duration.clone(),
+        );
         r.register("kubeproxy_conntrack_reconciler_deleted_entries", "UDP flows removed", m.conntrack_deleted.clone());
         r.register("portolan_dataplane_transactions", "Transactions given to the kernel", m.transactions.clone());
-        r.register("portolan_dataplane_healed", "Times that the table was put right after interference", m.healed.clone());
+        r.register(
+            "portolan_dataplane_healed",
+            "Times that the table was put right after interference",
+            m.healed.clone(),
+        );
         m
     }
 

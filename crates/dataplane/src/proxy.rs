@@ -96,6 +96,7 @@ pub struct ServiceProxy {
     /// UDP frontends that went away since flows were last looked at.
     removed_udp: BTreeSet<Frontend>,
     udp_pending: bool,
+    port_id: u32,
 }
 
 impl std::fmt::Debug for ServiceProxy {
@@ -111,8 +112,9 @@ impl ServiceProxy {
     /// Fails without the right to open netlink sockets there.
     pub fn new(netns: &Netns, node: NodeView) -> io::Result<ServiceProxy> {
         let executor = netns.run(NetlinkExecutor::new)??;
+        let port_id = executor.port_id()?;
         let conntrack = Conntrack::open(netns)?;
-        Ok(ServiceProxy::with_executor(Box::new(executor), Some(conntrack), node))
+        Ok(ServiceProxy { port_id, ..ServiceProxy::with_executor(Box::new(executor), Some(conntrack), node) })
     }
 
     /// A proxy that programs through the given executor.
@@ -124,10 +126,19 @@ impl ServiceProxy {
             planner: Planner::new(node),
             node: None,
             dirty: BTreeSet::new(),
-            families: IpFamily::ALL.iter().map(|f| FamilyState { renderer: Renderer::new(*f), in_step: false }).collect(),
+            families: IpFamily::ALL
+                .iter()
+                .map(|f| FamilyState { renderer: Renderer::new(*f), in_step: false })
+                .collect(),
             removed_udp: BTreeSet::new(),
             udp_pending: true,
+            port_id: 0,
         }
+    }
+
+    /// The number by which the kernel names this proxy when it announces changes of the table; 0 without a kernel.
+    pub fn port_id(&self) -> u32 {
+        self.port_id
     }
 
     /// Notes a change; [`ServiceProxy::sync`] puts it into force.
@@ -159,8 +170,7 @@ impl ServiceProxy {
             None => Delta::default(),
         };
         delta.merge(self.planner.update(&self.world, &dirty));
-        self.removed_udp
-            .extend(frontends_before.into_iter().filter(|f| !self.planner.map().frontends.contains_key(f)));
+        self.removed_udp.extend(frontends_before.into_iter().filter(|f| !self.planner.map().frontends.contains_key(f)));
         self.removed_udp.retain(|f| !self.planner.map().frontends.contains_key(f));
         self.udp_pending |= delta.services.iter().any(|id| id.protocol == L4::Udp)
             || delta.frontends.iter().any(|f| f.protocol == L4::Udp);
@@ -193,7 +203,13 @@ impl ServiceProxy {
             };
             if full && error.is_none() {
                 let (elements, chains) = state.renderer.size();
-                info!(family = family.as_str(), elements, chains, took_ms = start.elapsed().as_millis() as u64, "services programmed");
+                info!(
+                    family = family.as_str(),
+                    elements,
+                    chains,
+                    took_ms = start.elapsed().as_millis() as u64,
+                    "services programmed"
+                );
             }
             report.families.push(FamilyReport { family, took: start.elapsed(), full, transactions, error });
         }
@@ -225,14 +241,6 @@ impl ServiceProxy {
         self.families.iter().zip(IpFamily::ALL).any(|(s, f)| f == family && s.in_step)
     }
 
-    /// Whether the table still stands as it was made; looks at chain names only. False asks for [`ServiceProxy::distrust_kernel`].
-    pub fn is_table_intact(&mut self) -> bool {
-        IpFamily::ALL.iter().all(|family| {
-            let known = self.executor.chains(&layout::table(*family)).unwrap_or_default();
-            layout::FIXED_CHAINS.iter().all(|c| known.iter().any(|k| k == c))
-        })
-    }
-
     /// What is in force, or will be after the next sync.
     pub fn map(&self) -> &ServiceMap {
         self.planner.map()
@@ -256,8 +264,10 @@ impl ServiceProxy {
     /// Service ports whose Local policy leaves this node without an endpoint: internal and external, for metrics.
     pub fn without_local_endpoints(&self, family: IpFamily) -> (usize, usize) {
         let services = || self.planner.map().services.iter().filter(move |(id, _)| id.family == family).map(|(_, s)| s);
-        let internal = services().filter(|s| s.internal_policy == TrafficPolicy::Local && s.internal == Backends::Drop).count();
-        let external = services().filter(|s| s.external_policy == TrafficPolicy::Local && s.external == Backends::Drop).count();
+        let internal =
+            services().filter(|s| s.internal_policy == TrafficPolicy::Local && s.internal == Backends::Drop).count();
+        let external =
+            services().filter(|s| s.external_policy == TrafficPolicy::Local && s.external == Backends::Drop).count();
         (internal, external)
     }
 

@@ -11,7 +11,9 @@ use ipnet::IpNet;
 use portolan_nft::{Data, Element, Op, Table, Transaction, Value, Verdict};
 use portolan_plan::delta::Delta;
 use portolan_plan::endpoint::Backend;
-use portolan_plan::service::{Backends, CompiledService, Frontend, FrontendAddr, FrontendKind, ServiceMap, ServicePortId};
+use portolan_plan::service::{
+    Backends, CompiledService, Frontend, FrontendAddr, FrontendKind, ServiceMap, ServicePortId,
+};
 use portolan_plan::world::{Affinity, IpFamily, NodeView, TrafficPolicy};
 
 use crate::affinity::Numbers;
@@ -95,7 +97,7 @@ struct Slots {
 /// What the frontends of a Service port share.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Shared {
-    local_addrs: Arc<[IpAddr]>,
+    hairpin_addrs: Arc<[IpAddr]>,
     live: Vec<(Backend, u32)>,
     live_local: Vec<(Backend, u32)>,
 }
@@ -181,8 +183,18 @@ impl Renderer {
             self.place(*frontend, Some(rendered));
         }
         let mut rest: Vec<Item> = self.hairpin.keys().map(|ip| (SetId::Hairpin, pair(*ip))).collect();
-        rest.extend(map.node_port_addresses.iter().filter(|ip| IpFamily::of(ip) == self.family).map(|ip| (SetId::NodePortAddresses, single(*ip))));
-        rest.extend(map.cluster_ips.keys().filter(|ip| IpFamily::of(ip) == self.family).map(|ip| (SetId::ClusterIps, single(*ip))));
+        rest.extend(
+            map.node_port_addresses
+                .iter()
+                .filter(|ip| IpFamily::of(ip) == self.family)
+                .map(|ip| (SetId::NodePortAddresses, single(*ip))),
+        );
+        rest.extend(
+            map.cluster_ips
+                .keys()
+                .filter(|ip| IpFamily::of(ip) == self.family)
+                .map(|ip| (SetId::ClusterIps, single(*ip))),
+        );
         batches.push(against(rest, &mut left));
         // The memory of clients is the kernel's own; everything else that is left has no place in the new map.
         let leftovers: Vec<Item> = left
@@ -195,15 +207,20 @@ impl Renderer {
         first.extend(picks.iter().flat_map(|p| p.ops(node, self.family)));
         // Silence for unused addresses comes after the Services in a new table, and stays as it is in a kept one.
         let last = layout::unallocated_ops(map.service_ranges.get(&self.family).map_or(&[][..], Vec::as_slice));
-        let wanted: BTreeSet<String> =
-            picks.iter().map(|p| p.chain().to_string()).chain(layout::FIXED_CHAINS.iter().map(|c| (*c).to_owned())).collect();
+        let wanted: BTreeSet<String> = picks
+            .iter()
+            .map(|p| p.chain().to_string())
+            .chain(layout::FIXED_CHAINS.iter().map(|c| (*c).to_owned()))
+            .collect();
         let unwanted: Vec<String> =
             if keep { existing.chains.iter().filter(|c| !wanted.contains(*c)).cloned().collect() } else { Vec::new() };
 
         let mut transactions = vec![self.transaction(first)];
         transactions.extend(self.pack(batches));
         transactions.push(self.transaction(last));
-        transactions.extend(self.pack(leftovers.chunks(ELEMENTS_PER_COMMIT).map(|c| Changes { delete: c.to_vec(), add: Vec::new() }).collect()));
+        transactions.extend(self.pack(
+            leftovers.chunks(ELEMENTS_PER_COMMIT).map(|c| Changes { delete: c.to_vec(), add: Vec::new() }).collect(),
+        ));
         if !keep && !existing.chains.is_empty() {
             let ops = transactions.into_iter().flat_map(|t| t.ops).collect();
             transactions = vec![self.transaction(ops)];
@@ -217,16 +234,23 @@ impl Renderer {
     pub fn update(&mut self, map: &ServiceMap, node: &NodeView, delta: &Delta) -> Vec<Transaction> {
         let mut chains = Vec::new();
         let mut batches = Vec::new();
-        let mut redo: BTreeSet<Frontend> = delta.frontends.iter().filter(|f| f.family() == self.family).copied().collect();
+        let mut redo: BTreeSet<Frontend> =
+            delta.frontends.iter().filter(|f| f.family() == self.family).copied().collect();
         let services: Vec<&ServicePortId> = delta.services.iter().filter(|id| id.family == self.family).collect();
         for id in &services {
             redo.extend(self.frontends_of.get(*id).into_iter().flatten());
         }
 
-        let mut touched: BTreeSet<IpAddr> =
-            services.iter().filter_map(|id| self.shared.get(*id)).flat_map(|s| s.local_addrs.iter().copied()).collect();
-        touched.extend(services.iter().filter_map(|id| map.services.get(*id)).flat_map(|s| s.local_addrs.iter().copied()));
-        let hairpin_before: BTreeSet<IpAddr> = touched.iter().filter(|ip| self.hairpin.contains_key(*ip)).copied().collect();
+        let mut touched: BTreeSet<IpAddr> = services
+            .iter()
+            .filter_map(|id| self.shared.get(*id))
+            .flat_map(|s| s.hairpin_addrs.iter().copied())
+            .collect();
+        touched.extend(
+            services.iter().filter_map(|id| map.services.get(*id)).flat_map(|s| s.hairpin_addrs.iter().copied()),
+        );
+        let hairpin_before: BTreeSet<IpAddr> =
+            touched.iter().filter(|ip| self.hairpin.contains_key(*ip)).copied().collect();
         for id in &services {
             let old = self.shared_items(id);
             self.share(id, map.services.get(*id));
@@ -376,7 +400,7 @@ impl Renderer {
     fn share(&mut self, id: &ServicePortId, service: Option<&Arc<CompiledService>>) {
         let mut new = Shared::default();
         if let Some(service) = service {
-            new.local_addrs = service.local_addrs.clone();
+            new.hairpin_addrs = service.hairpin_addrs.clone();
             let cluster = service.short_circuit.usable();
             let local = local_set(service);
             match service.affinity {
@@ -384,7 +408,8 @@ impl Renderer {
                 Affinity::ClientIp { timeout } => {
                     let all: BTreeSet<Backend> = cluster.iter().chain(local).copied().collect();
                     if let Some(block) = self.numbers.assign(id, &all, timeout.as_secs().max(1)) {
-                        let marked = |set: &[Backend]| set.iter().filter_map(|b| block.mark(b).map(|m| (*b, m))).collect();
+                        let marked =
+                            |set: &[Backend]| set.iter().filter_map(|b| block.mark(b).map(|m| (*b, m))).collect();
                         new.live = marked(cluster);
                         new.live_local = marked(local);
                     }
@@ -394,7 +419,7 @@ impl Renderer {
             self.numbers.release(id);
         }
         let old = self.shared.remove(id).unwrap_or_default();
-        for ip in old.local_addrs.iter() {
+        for ip in old.hairpin_addrs.iter() {
             if let Some(count) = self.hairpin.get_mut(ip) {
                 *count -= 1;
                 if *count == 0 {
@@ -402,7 +427,7 @@ impl Renderer {
                 }
             }
         }
-        for ip in new.local_addrs.iter() {
+        for ip in new.hairpin_addrs.iter() {
             *self.hairpin.entry(*ip).or_default() += 1;
         }
         if new != Shared::default() {
@@ -439,24 +464,26 @@ impl Renderer {
         };
         let nothing = Vec::new();
         let (before_inside, before_outside) = before.map_or((&nothing, &nothing), |(i, o)| (i, o));
-        let step = |backends: &Backends, side: Side, masquerade: Masquerade, local: bool, previous: &[Backend]| match backends {
-            Backends::Reject => (Step::Reject, Slots::default()),
-            Backends::Drop => (Step::Drop, Slots::default()),
-            Backends::Usable(set) => {
-                let backends = arrange(previous, set);
-                let marks = match block {
-                    // Every usable endpoint has a number: they were assigned from the same sets.
-                    Some((block, _)) => backends.iter().filter_map(|b| block.mark(b)).collect(),
-                    None => Vec::new(),
-                };
-                let affinity = block
-                    .filter(|_| marks.len() == backends.len())
-                    .map(|(block, timeout_seconds)| PickAffinity { timeout_seconds, bits: block.bits(), local });
-                let pick = Pick { space, side, masquerade, n: backends.len() as u32, affinity };
-                let marks = if affinity.is_some() { marks } else { Vec::new() };
-                (Step::Pick(pick), Slots { backends, marks })
-            }
-        };
+        let step =
+            |backends: &Backends, side: Side, masquerade: Masquerade, local: bool, previous: &[Backend]| match backends
+            {
+                Backends::Reject => (Step::Reject, Slots::default()),
+                Backends::Drop => (Step::Drop, Slots::default()),
+                Backends::Usable(set) => {
+                    let backends = arrange(previous, set);
+                    let marks = match block {
+                        // Every usable endpoint has a number: they were assigned from the same sets.
+                        Some((block, _)) => backends.iter().filter_map(|b| block.mark(b)).collect(),
+                        None => Vec::new(),
+                    };
+                    let affinity = block
+                        .filter(|_| marks.len() == backends.len())
+                        .map(|(block, timeout_seconds)| PickAffinity { timeout_seconds, bits: block.bits(), local });
+                    let pick = Pick { space, side, masquerade, n: backends.len() as u32, affinity };
+                    let marks = if affinity.is_some() { marks } else { Vec::new() };
+                    (Step::Pick(pick), Slots { backends, marks })
+                }
+            };
         let to_cluster_ip = if node.masquerade_all {
             Masquerade::Always
         } else if layout::pods_known(node, self.family) {
@@ -475,8 +502,10 @@ impl Renderer {
                 (Way::Same(step), slots, Slots::default())
             }
             (_, TrafficPolicy::Local) => {
-                let (inside, slots) = step(&service.short_circuit, Side::Inside, Masquerade::IfHost, false, before_inside);
-                let (outside, slots_outside) = step(&service.external, Side::Outside, Masquerade::Never, true, before_outside);
+                let (inside, slots) =
+                    step(&service.short_circuit, Side::Inside, Masquerade::IfHost, false, before_inside);
+                let (outside, slots_outside) =
+                    step(&service.external, Side::Outside, Masquerade::Never, true, before_outside);
                 (Way::BySource { inside, outside }, slots, slots_outside)
             }
         };
@@ -625,7 +654,10 @@ fn backend_of(values: &[Value]) -> Option<Backend> {
 }
 
 /// The slots that a table holds for a frontend, in order.
-fn slots_in(frontend: &Frontend, existing: &HashMap<(SetId, Vec<Value>), Option<Data>>) -> Option<(Vec<Backend>, Vec<Backend>)> {
+fn slots_in(
+    frontend: &Frontend,
+    existing: &HashMap<(SetId, Vec<Value>), Option<Data>>,
+) -> Option<(Vec<Backend>, Vec<Backend>)> {
     if existing.is_empty() {
         return None;
     }
@@ -705,7 +737,8 @@ fn items(frontend: &Frontend, rendered: &Rendered) -> Vec<Item> {
 }
 
 fn difference(old: Vec<Item>, new: Vec<Item>) -> Changes {
-    let mut left: HashMap<(SetId, Vec<Value>), Option<Data>> = old.into_iter().map(|(id, e)| ((id, e.key), e.data)).collect();
+    let mut left: HashMap<(SetId, Vec<Value>), Option<Data>> =
+        old.into_iter().map(|(id, e)| ((id, e.key), e.data)).collect();
     let mut changes = Changes::default();
     for (id, element) in new {
         match left.remove(&(id, element.key.clone())) {

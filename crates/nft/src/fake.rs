@@ -57,9 +57,11 @@ impl Executor for Fake {
     }
 
     fn elements(&mut self, table: &Table, set: &Set) -> Result<Option<Vec<Element>>, Error> {
-        Ok(self.tables.get(table).and_then(|t| t.sets.get(&set.name)).map(|s| {
-            s.elements.iter().map(|(key, data)| Element { key: key.clone(), data: data.clone() }).collect()
-        }))
+        Ok(self
+            .tables
+            .get(table)
+            .and_then(|t| t.sets.get(&set.name))
+            .map(|s| s.elements.iter().map(|(key, data)| Element { key: key.clone(), data: data.clone() }).collect()))
     }
 
     fn chains(&mut self, table: &Table) -> Result<Vec<String>, Error> {
@@ -81,7 +83,8 @@ impl Fake {
         match op {
             Op::AddTable | Op::DeleteTable => {}
             Op::AddChain { name, base } => {
-                let chain = t.chains.entry(name.clone()).or_insert_with(|| FakeChain { base: *base, rules: Vec::new() });
+                let chain =
+                    t.chains.entry(name.clone()).or_insert_with(|| FakeChain { base: *base, rules: Vec::new() });
                 if base.is_some() && chain.base != *base {
                     return Err(libc::EEXIST);
                 }
@@ -105,7 +108,10 @@ impl Fake {
                 self.changes += 1;
             }
             Op::AddSet(set) => {
-                let known = t.sets.entry(set.name.clone()).or_insert_with(|| FakeSet { set: set.clone(), elements: BTreeMap::new() });
+                let known = t
+                    .sets
+                    .entry(set.name.clone())
+                    .or_insert_with(|| FakeSet { set: set.clone(), elements: BTreeMap::new() });
                 if known.set != *set {
                     return Err(libc::EEXIST);
                 }
@@ -172,7 +178,8 @@ impl FakeTable {
         let set = |name: &Arc<str>| self.sets.get(name).map(|s| &s.set).ok_or(libc::ENOENT);
         let fits = |name: &Arc<str>, key: &[Field], data: Option<DataType>| {
             let set = set(name)?;
-            let matches = set.key.len() == key.len() && key.iter().zip(&set.key).all(|(field, wanted)| field_type(field) == *wanted);
+            let matches = set.key.len() == key.len()
+                && key.iter().zip(&set.key).all(|(field, wanted)| field_type(field) == *wanted);
             if matches && set.data == data { Ok(()) } else { Err(libc::EINVAL) }
         };
         match statement {
@@ -188,7 +195,9 @@ impl FakeTable {
                 }
                 fits(map, key, Some(DataType::Values(vec![field_type(data)])))
             }
-            Statement::Verdict(Verdict::Jump(chain) | Verdict::Goto(chain)) if !self.chains.contains_key(chain) => Err(libc::ENOENT),
+            Statement::Verdict(Verdict::Jump(chain) | Verdict::Goto(chain)) if !self.chains.contains_key(chain) => {
+                Err(libc::ENOENT)
+            }
             _ => Ok(()),
         }
     }

@@ -94,7 +94,8 @@ impl Printer<'_> {
             let names: Vec<&str> = fields.iter().map(|f| self.type_name(*f, by_example)).collect();
             names.join(" . ")
         };
-        let _ = write!(out, "add {} {table} {} {{ {} ", kind(set), set.name, if by_example { "typeof" } else { "type" });
+        let _ =
+            write!(out, "add {} {table} {} {{ {} ", kind(set), set.name, if by_example { "typeof" } else { "type" });
         out.push_str(&types(&set.key));
         match &set.data {
             None => {}
@@ -179,13 +180,27 @@ impl Printer<'_> {
             Statement::ChangeMark { keep, set: 0 } => write!(out, "meta mark set meta mark & {keep:#x}"),
             Statement::ChangeMark { keep, set } => write!(out, "meta mark set meta mark & {keep:#x} | {set:#x}"),
             Statement::Update { map, key, data, timeout } => {
-                write!(out, "update @{map} {{ {} timeout {}s : {} }}", self.key(key), timeout.as_secs(), self.field(data))
+                write!(
+                    out,
+                    "update @{map} {{ {} timeout {}s : {} }}",
+                    self.key(key),
+                    timeout.as_secs(),
+                    self.field(data)
+                )
             }
-            Statement::Forget { map, key, data } => write!(out, "delete @{map} {{ {} : {} }}", self.key(key), self.field(data)),
-            Statement::TranslateDestination { key, map } => write!(out, "dnat {} to {} map @{map}", self.ip(), self.key(key)),
+            Statement::Forget { map, key, data } => {
+                write!(out, "delete @{map} {{ {} : {} }}", self.key(key), self.field(data))
+            }
+            Statement::TranslateDestination { key, map } => {
+                write!(out, "dnat {} to {} map @{map}", self.ip(), self.key(key))
+            }
             Statement::Masquerade => write!(out, "masquerade fully-random"),
             Statement::Reject(Rejection::PortUnreachable) => {
-                write!(out, "reject with {} type port-unreachable", if self.table.family == Family::Ip { "icmp" } else { "icmpv6" })
+                write!(
+                    out,
+                    "reject with {} type port-unreachable",
+                    if self.table.family == Family::Ip { "icmp" } else { "icmpv6" }
+                )
             }
             Statement::Reject(Rejection::TcpReset) => write!(out, "meta l4proto tcp reject with tcp reset"),
             Statement::Verdict(v) => {
@@ -312,7 +327,10 @@ mod tests {
                 "iifname != \"vp*\" meta mark set meta mark | 0x4000",
             ),
             (
-                vec![Statement::InSet { key: with(Field::SourceAddr), set: "ranges".into(), negated: true }, Statement::Verdict(Verdict::Drop)],
+                vec![
+                    Statement::InSet { key: with(Field::SourceAddr), set: "ranges".into(), negated: true },
+                    Statement::Verdict(Verdict::Drop),
+                ],
                 "ip daddr . meta l4proto . th dport . ip saddr != @ranges drop",
             ),
             (

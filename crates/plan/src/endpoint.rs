@@ -19,8 +19,10 @@ pub struct Endpoint {
     pub backend: Backend,
     /// Conditions.
     pub conditions: Conditions,
-    /// Whether it runs on this node.
+    /// Whether it runs on this node. An endpoint whose node nobody names never does (services.md 3.1).
     pub local: bool,
+    /// Whether its node is unknown.
+    pub unplaced: bool,
     /// Zone hints.
     pub for_zones: Vec<Arc<str>>,
     /// Node hints.
@@ -84,8 +86,12 @@ pub fn select(endpoints: &[Endpoint], node: &NodeView) -> Selection {
     let backends = |it: &mut dyn Iterator<Item = &Endpoint>| it.map(|e| e.backend).collect::<Vec<_>>();
 
     let mut cluster = match topology(endpoints, node) {
-        Topology::Node => backends(&mut endpoints.iter().filter(ready).filter(|e| e.for_nodes.iter().any(|n| **n == *node.name))),
-        Topology::Zone(zone) => backends(&mut endpoints.iter().filter(ready).filter(|e| e.for_zones.iter().any(|z| **z == *zone))),
+        Topology::Node => {
+            backends(&mut endpoints.iter().filter(ready).filter(|e| e.for_nodes.iter().any(|n| **n == *node.name)))
+        }
+        Topology::Zone(zone) => {
+            backends(&mut endpoints.iter().filter(ready).filter(|e| e.for_zones.iter().any(|z| **z == *zone)))
+        }
         Topology::All => backends(&mut endpoints.iter().filter(ready)),
     };
     if cluster.is_empty() {
@@ -147,6 +153,7 @@ mod tests {
             backend: Backend { addr: IpAddr::from([10, 244, 0, last]), port: NonZeroU16::new(80).unwrap() },
             conditions,
             local: last % 2 == 1,
+            unplaced: false,
             for_zones: Vec::new(),
             for_nodes: Vec::new(),
         }
@@ -186,7 +193,13 @@ mod tests {
                 vec![],
                 true,
             ),
-            ("fallback_ignores_topology", vec![zoned(1, LEAVING, &["a"]), zoned(2, LEAVING, &["b"])], vec![1, 2], vec![1], true),
+            (
+                "fallback_ignores_topology",
+                vec![zoned(1, LEAVING, &["a"]), zoned(2, LEAVING, &["b"])],
+                vec![1, 2],
+                vec![1],
+                true,
+            ),
             ("local_ignores_topology", vec![zoned(1, READY, &["b"]), zoned(2, READY, &["a"])], vec![2], vec![1], true),
             (
                 "node_hints_before_zone_hints",

@@ -140,8 +140,8 @@ pub struct CompiledService {
     pub source_ranges: Option<Arc<[IpNet]>>,
     /// Endpoints whose UDP flows may go on, whatever the policies (services.md 3.6).
     pub serving: Arc<[Backend]>,
-    /// Usable endpoints that run on this node; the ones that could be their own clients (hairpin).
-    pub local_addrs: Arc<[IpAddr]>,
+    /// Usable endpoints that may be their own clients here (hairpin): those of this node, and those whose node is unknown.
+    pub hairpin_addrs: Arc<[IpAddr]>,
 }
 
 /// The backends that one class of traffic may use.
@@ -200,10 +200,18 @@ impl CompiledService {
     ///
     /// This is the matrix of services.md 3.3. Hairpin traffic is masqueraded in any case. `pods_known` is whether pods of
     /// this node can be recognised; without it, cluster-IP traffic keeps its source.
-    pub fn action(&self, kind: FrontendKind, class: SourceClass, pods_known: bool, masquerade_all: bool) -> (&Backends, bool) {
+    pub fn action(
+        &self,
+        kind: FrontendKind,
+        class: SourceClass,
+        pods_known: bool,
+        masquerade_all: bool,
+    ) -> (&Backends, bool) {
         match (kind, self.external_policy, class) {
             (FrontendKind::ClusterIp, _, SourceClass::Pod) => (&self.internal, masquerade_all),
-            (FrontendKind::ClusterIp, _, SourceClass::Host | SourceClass::External) => (&self.internal, masquerade_all || pods_known),
+            (FrontendKind::ClusterIp, _, SourceClass::Host | SourceClass::External) => {
+                (&self.internal, masquerade_all || pods_known)
+            }
             (_, TrafficPolicy::Cluster, _) => (&self.external, true),
             (_, TrafficPolicy::Local, SourceClass::Pod) => (&self.short_circuit, false),
             (_, TrafficPolicy::Local, SourceClass::Host) => (&self.short_circuit, true),
@@ -425,7 +433,8 @@ struct Compiled {
 }
 
 fn compile_service(world: &World, node: &NodeView, key: &ObjectKey, spec: &ServiceSpec) -> Compiled {
-    let mut placed = Placed { cluster_ips: spec.cluster_ips.clone(), findings: spec.findings.clone(), ..Placed::default() };
+    let mut placed =
+        Placed { cluster_ips: spec.cluster_ips.clone(), findings: spec.findings.clone(), ..Placed::default() };
     placed.findings.extend(world.slices_of(key).flat_map(|s| s.findings.iter().cloned()));
     let mut services = Vec::new();
     let mut local_ready: BTreeSet<IpAddr> = BTreeSet::new();
@@ -435,7 +444,8 @@ fn compile_service(world: &World, node: &NodeView, key: &ObjectKey, spec: &Servi
         // Without a range of the VIP's family the VIP is open, as is a /0 (services.md 3.7).
         let restricted = !ranges.is_empty() && ranges.iter().all(|n| n.prefix_len() > 0);
         for (index, port) in spec.ports.iter().enumerate() {
-            let id = ServicePortId { service: key.clone(), port_name: port.name.clone(), protocol: port.protocol, family };
+            let id =
+                ServicePortId { service: key.clone(), port_name: port.name.clone(), protocol: port.protocol, family };
             if services.iter().any(|(known, _)| known == &id) {
                 continue; // The API forbids two ports of one name; the first counts.
             }
@@ -448,8 +458,11 @@ fn compile_service(world: &World, node: &NodeView, key: &ObjectKey, spec: &Servi
                 TrafficPolicy::Local => Backends::of(selection.local.clone(), selection.has_any),
             };
             let usable: BTreeSet<Backend> = selection.cluster.iter().chain(&selection.local).copied().collect();
-            let local_addrs: BTreeSet<IpAddr> =
-                endpoints.iter().filter(|e| e.local && usable.contains(&e.backend)).map(|e| e.backend.addr).collect();
+            let hairpin_addrs: BTreeSet<IpAddr> = endpoints
+                .iter()
+                .filter(|e| (e.local || e.unplaced) && usable.contains(&e.backend))
+                .map(|e| e.backend.addr)
+                .collect();
             let compiled = CompiledService {
                 origin: Origin { field: format!("spec.ports[{index}]"), ..spec.origin.clone() },
                 affinity: spec.affinity,
@@ -460,7 +473,7 @@ fn compile_service(world: &World, node: &NodeView, key: &ObjectKey, spec: &Servi
                 external_policy: spec.external_policy,
                 source_ranges: restricted.then(|| source_ranges(&ranges, spec, node, family)),
                 serving: selection.serving.into(),
-                local_addrs: local_addrs.into_iter().collect(),
+                hairpin_addrs: hairpin_addrs.into_iter().collect(),
             };
 
             let mut claim = |addr: FrontendAddr, number: NonZeroU16, kind: FrontendKind| {
@@ -497,7 +510,13 @@ fn source_ranges(ranges: &[IpNet], spec: &ServiceSpec, node: &NodeView, family: 
     IpNet::aggregate(&nets).into()
 }
 
-fn endpoints_of(world: &World, node: &NodeView, key: &ObjectKey, port: &ServicePort, family: IpFamily) -> Vec<Endpoint> {
+fn endpoints_of(
+    world: &World,
+    node: &NodeView,
+    key: &ObjectKey,
+    port: &ServicePort,
+    family: IpFamily,
+) -> Vec<Endpoint> {
     let listed = world.slices_of(key).filter(|s| s.family == family).flat_map(|slice| {
         slice
             .ports
@@ -508,6 +527,7 @@ fn endpoints_of(world: &World, node: &NodeView, key: &ObjectKey, port: &ServiceP
                 backend: Backend { addr: e.addr, port },
                 conditions: e.conditions,
                 local: e.node.as_deref() == Some(&*node.name),
+                unplaced: e.node.is_none(),
                 for_zones: e.for_zones.clone(),
                 for_nodes: e.for_nodes.clone(),
             })
@@ -546,7 +566,10 @@ mod tests {
         NodeView {
             name: random.pick(&["n1", "n2"]).into(),
             zone: random.pick(&[None, Some("a".to_owned()), Some("b".to_owned())]),
-            node_port_addresses: vec!["192.168.50.11".parse().unwrap(), random.pick(&["fd00:50::11", "fd00:50::12"]).parse().unwrap()],
+            node_port_addresses: vec![
+                "192.168.50.11".parse().unwrap(),
+                random.pick(&["fd00:50::11", "fd00:50::12"]).parse().unwrap(),
+            ],
             local_detection: LocalDetection::InterfacePrefix("vp".into()),
             masquerade_all: false,
         }
@@ -563,7 +586,11 @@ mod tests {
                 "nodePort": 30000 + random.below(4),
             }));
         }
-        let ips = if v6 { json!([format!("10.96.0.{n}"), format!("fd00:10:96::{n}")]) } else { json!([format!("10.96.0.{n}")]) };
+        let ips = if v6 {
+            json!([format!("10.96.0.{n}"), format!("fd00:10:96::{n}")])
+        } else {
+            json!([format!("10.96.0.{n}")])
+        };
         let object = json!({
             "metadata": {
                 "namespace": "ns", "name": name, "creationTimestamp": format!("2026-01-0{}T00:00:00Z", random.below(3) + 1),
@@ -633,7 +660,10 @@ mod tests {
                             dirty.extend(world.put_slice(&slice));
                         }
                         9 => dirty.extend(world.delete_slice(&ObjectKey::new("ns", name))),
-                        10 => world.put_service_cidr("kubernetes", if random.chance(50) { vec!["10.96.0.0/12".parse().unwrap()] } else { vec![] }),
+                        10 => world.put_service_cidr(
+                            "kubernetes",
+                            if random.chance(50) { vec!["10.96.0.0/12".parse().unwrap()] } else { vec![] },
+                        ),
                         _ => {
                             let node = node(&mut random);
                             delta.merge(planner.set_node(&world, node));
@@ -646,10 +676,18 @@ mod tests {
                 assert_eq!(planner.findings(), findings, "seed {seed} step {step}");
                 let mut seen = Delta::between(&before, planner.map());
                 seen.node = delta.node; // A zone changes the node without changing its addresses.
-                let named = |d: &Delta| (d.frontends.clone(), d.services.clone(), d.health_checks.clone(), d.cluster_ips.clone());
+                let named = |d: &Delta| {
+                    (d.frontends.clone(), d.services.clone(), d.health_checks.clone(), d.cluster_ips.clone())
+                };
                 let (all, told) = (named(&seen), named(&delta));
                 // The delta may name what changed and changed back, but must not miss anything.
-                assert!(all.0.is_subset(&told.0) && all.1.is_subset(&told.1) && all.2.is_subset(&told.2) && all.3.is_subset(&told.3), "seed {seed} step {step}: {seen:?} {delta:?}");
+                assert!(
+                    all.0.is_subset(&told.0)
+                        && all.1.is_subset(&told.1)
+                        && all.2.is_subset(&told.2)
+                        && all.3.is_subset(&told.3),
+                    "seed {seed} step {step}: {seen:?} {delta:?}"
+                );
             }
         }
     }

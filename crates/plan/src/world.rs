@@ -436,7 +436,8 @@ impl ServiceSpec {
 
         let mut vips = Vec::new();
         if service_type == "LoadBalancer" {
-            let ingress = service.status.iter().filter_map(|s| s.load_balancer.as_ref()).flat_map(|l| l.ingress.iter().flatten());
+            let ingress =
+                service.status.iter().filter_map(|s| s.load_balancer.as_ref()).flat_map(|l| l.ingress.iter().flatten());
             for (i, entry) in ingress.enumerate() {
                 // ipMode Proxy: the balancer must see the traffic, so nodes do not capture it (KEP-1860).
                 if entry.ip_mode.as_deref().is_some_and(|m| m != "VIP") {
@@ -570,7 +571,10 @@ impl Slice {
             let Some(text) = endpoint.addresses.first() else { continue };
             let addr = match parse_ip(text) {
                 Some(ip) if IpFamily::of(&ip) != family => {
-                    finding(format!("endpoints[{i}].addresses[0]"), format!("{text} is not an {} address", family.as_str()));
+                    finding(
+                        format!("endpoints[{i}].addresses[0]"),
+                        format!("{text} is not an {} address", family.as_str()),
+                    );
                     continue;
                 }
                 // A loopback or unspecified destination would send clients' packets to the node itself.
@@ -594,8 +598,16 @@ impl Slice {
                     terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
                 },
                 node: endpoint.node_name.as_deref().map(Arc::from),
-                for_zones: hints.iter().flat_map(|h| h.for_zones.iter().flatten()).map(|z| Arc::from(z.name.as_str())).collect(),
-                for_nodes: hints.iter().flat_map(|h| h.for_nodes.iter().flatten()).map(|n| Arc::from(n.name.as_str())).collect(),
+                for_zones: hints
+                    .iter()
+                    .flat_map(|h| h.for_zones.iter().flatten())
+                    .map(|z| Arc::from(z.name.as_str()))
+                    .collect(),
+                for_nodes: hints
+                    .iter()
+                    .flat_map(|h| h.for_nodes.iter().flatten())
+                    .map(|n| Arc::from(n.name.as_str()))
+                    .collect(),
             });
         }
         Some(Slice { service: ObjectKey::new(namespace, service.clone()), family, ports, endpoints, findings })

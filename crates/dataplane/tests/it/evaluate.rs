@@ -39,12 +39,19 @@ fn apply(world: &mut World, change: &Change) {
 
 /// Who has an address: a pod, a node, a client, or the gateway for everything else in its networks.
 fn owner(addr: IpAddr) -> String {
-    for name in NODES.iter().map(|n| (*n).to_owned()).chain(NODES.iter().map(|n| format!("{n}.gw"))).chain(PODS.map(str::to_owned)) {
+    for name in NODES
+        .iter()
+        .map(|n| (*n).to_owned())
+        .chain(NODES.iter().map(|n| format!("{n}.gw")))
+        .chain(PODS.map(str::to_owned))
+    {
         if [name.clone(), format!("{name}.6")].iter().any(|n| lab::address(n) == Some(addr)) {
             return name.split('.').next().unwrap().to_owned();
         }
     }
-    if NODES.iter().any(|n| [format!("p{}dead", &n[1..]), format!("p{}dead.6", &n[1..])].iter().any(|d| lab::address(d) == Some(addr))) {
+    if NODES.iter().any(|n| {
+        [format!("p{}dead", &n[1..]), format!("p{}dead.6", &n[1..])].iter().any(|d| lab::address(d) == Some(addr))
+    }) {
         return "dead".into();
     }
     if addr.is_loopback() {
@@ -113,7 +120,8 @@ fn travel(world: &World, node: Option<String>, packet: Packet, origin: IpAddr, h
                 next.transport = Some((protocol, backend.port));
                 let to = owner(backend.addr);
                 if masqueraded && to != node {
-                    next.source = lab::address(&if backend.addr.is_ipv6() { format!("{node}.6") } else { node.clone() }).unwrap();
+                    next.source =
+                        lab::address(&if backend.addr.is_ipv6() { format!("{node}.6") } else { node.clone() }).unwrap();
                 }
             }
         }
@@ -166,7 +174,10 @@ fn check(world: &World, case: &Case, probe: &Value) -> Result<(), String> {
 }
 
 fn check_one(case: &Case, probe: &Value, expect: &Value, fates: &BTreeSet<Fate>) -> Result<(), String> {
-    let sticky = case.objects.iter().chain(case.steps.iter().flat_map(|s| s["change"]["put"].as_array().into_iter().flatten()))
+    let sticky = case
+        .objects
+        .iter()
+        .chain(case.steps.iter().flat_map(|s| s["change"]["put"].as_array().into_iter().flatten()))
         .any(|o| o["spec"]["sessionAffinity"] == "ClientIP");
     let outcomes: BTreeSet<&str> =
         fates.iter().map(|f| if let Fate::Failure(kind) = f { kind } else { "reply" }).collect();
@@ -178,7 +189,11 @@ fn check_one(case: &Case, probe: &Value, expect: &Value, fates: &BTreeSet<Fate>)
         fates.iter().filter_map(|f| if let Fate::Reply { name, .. } = f { Some(name.clone()) } else { None }).collect();
     let endpoints = case::names(&expect["endpoints"]);
     // Affinity is memory, which the evaluator does not have: what is bound must be among what may be chosen.
-    let right = if sticky || expect.get("distinct").is_some() { endpoints.is_superset(&answering) || endpoints.is_subset(&answering) } else { endpoints == answering };
+    let right = if sticky || expect.get("distinct").is_some() {
+        endpoints.is_superset(&answering) || endpoints.is_subset(&answering)
+    } else {
+        endpoints == answering
+    };
     if !endpoints.is_empty() && !right {
         return Err(format!("expected {endpoints:?}, evaluated {answering:?}"));
     }

@@ -35,7 +35,8 @@ pub fn address(name: &str) -> Option<IpAddr> {
     let rest = &name[1..];
     match &name[..1] {
         "n" => number(rest).and_then(|k| text(format!("192.168.50.{}", 10 + k), format!("fd00:50::{}", 10 + k))),
-        "x" => number(rest).and_then(|k| text(format!("192.168.50.{}", 100 + k), format!("fd00:50::{}", 100 + u16::from(k)))),
+        "x" => number(rest)
+            .and_then(|k| text(format!("192.168.50.{}", 100 + k), format!("fd00:50::{}", 100 + u16::from(k)))),
         "C" => number(rest).and_then(|k| text(format!("10.96.10.{k}"), format!("fd00:10:96::a:{k}"))),
         "L" => number(rest).and_then(|k| text(format!("203.0.113.{k}"), format!("fd00:113::{k}"))),
         "E" => number(rest).and_then(|k| text(format!("198.51.100.{k}"), format!("fd00:100::{k}"))),
@@ -111,7 +112,11 @@ impl Lab {
 
         let mut lan = "link add lan0 type bridge\nlink set lan0 up\nlink set lo up\n".to_owned();
         for name in NODES.iter().chain(&["x1", "x2", "gw"]) {
-            let _ = write!(lan, "link add l{name} type veth peer name eth0 netns {}\nlink set l{name} master lan0 up\n", fd(name));
+            let _ = write!(
+                lan,
+                "link add l{name} type veth peer name eth0 netns {}\nlink set l{name} master lan0 up\n",
+                fd(name)
+            );
         }
         lab.ip("lan", &lan);
         for name in NODES.iter().chain(&["x1", "x2", "gw"]) {
@@ -149,9 +154,13 @@ impl Lab {
                 );
             }
             if let Some(k) = name.strip_prefix('n') {
-                let _ = write!(script, "route add unreachable 10.244.{k}.0/24\n-6 route add unreachable fd00:10:244:{k}::/64\n");
+                let _ = write!(
+                    script,
+                    "route add unreachable 10.244.{k}.0/24\n-6 route add unreachable fd00:10:244:{k}::/64\n"
+                );
                 for pod in PODS.iter().filter(|p| p[1..].starts_with(k)) {
-                    let (gw4, gw6) = (address(&format!("{name}.gw")).unwrap(), address(&format!("{name}.gw.6")).unwrap());
+                    let (gw4, gw6) =
+                        (address(&format!("{name}.gw")).unwrap(), address(&format!("{name}.gw.6")).unwrap());
                     let (pod4, pod6) = (address(pod).unwrap(), address(&format!("{pod}.6")).unwrap());
                     let _ = write!(
                         script,

@@ -1,10 +1,12 @@
-//! The data plane against real kernels: the recorded traffic of `conformance/golden/traffic.jsonl` in namespaces, and through
-//! the evaluator.
+//! The data plane against real kernels: the recorded traffic of `conformance/golden/traffic.jsonl` in namespaces and through
+//! the evaluator, random histories against a fake, restarts, interference, and size.
 #![allow(clippy::unwrap_used)]
 
 mod case;
 mod echo;
 mod evaluate;
+mod history;
 mod lab;
+mod life;
 mod probe;
 mod traffic;

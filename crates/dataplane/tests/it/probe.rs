@@ -60,7 +60,13 @@ fn socket(space: &Netns, to: SocketAddr, kind: Type, mark: Option<u32>) -> Socke
 }
 
 /// Opens a flow; for TCP that is a connection.
-pub async fn open(space: &Netns, proto: &str, to: SocketAddr, mark: Option<u32>, patience: Duration) -> Result<Flow, Seen> {
+pub async fn open(
+    space: &Netns,
+    proto: &str,
+    to: SocketAddr,
+    mark: Option<u32>,
+    patience: Duration,
+) -> Result<Flow, Seen> {
     if proto == "udp" {
         let socket = socket(space, to, Type::DGRAM, mark);
         socket.connect(&to.into()).map_err(|e| Seen::of_error(&e))?;
@@ -121,11 +127,20 @@ pub struct HttpAnswer {
 }
 
 /// One HTTP request.
-pub async fn http(space: &Netns, to: SocketAddr, mark: Option<u32>, method: &str, path: &str, patience: Duration) -> Result<HttpAnswer, Seen> {
+pub async fn http(
+    space: &Netns,
+    to: SocketAddr,
+    mark: Option<u32>,
+    method: &str,
+    path: &str,
+    patience: Duration,
+) -> Result<HttpAnswer, Seen> {
     let mut flow = open(space, "tcp", to, mark, patience).await?;
     let Flow::Tcp(stream) = &mut flow else { unreachable!("asked for TCP") };
     let work = async {
-        stream.write_all(format!("{method} {path} HTTP/1.1\r\nhost: {to}\r\nconnection: close\r\n\r\n").as_bytes()).await?;
+        stream
+            .write_all(format!("{method} {path} HTTP/1.1\r\nhost: {to}\r\nconnection: close\r\n\r\n").as_bytes())
+            .await?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await?;
         io::Result::Ok(answer)
@@ -137,7 +152,12 @@ pub async fn http(space: &Netns, to: SocketAddr, mark: Option<u32>, method: &str
     };
     let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| Seen::Other(answer.clone()))?;
     let mut lines = head.lines();
-    let status = lines.next().and_then(|l| l.split(' ').nth(1)).and_then(|s| s.parse().ok()).ok_or_else(|| Seen::Other(head.into()))?;
-    let headers = lines.filter_map(|l| l.split_once(": ")).map(|(k, v)| (k.to_ascii_lowercase(), v.to_owned())).collect();
+    let status = lines
+        .next()
+        .and_then(|l| l.split(' ').nth(1))
+        .and_then(|s| s.parse().ok())
+        .ok_or_else(|| Seen::Other(head.into()))?;
+    let headers =
+        lines.filter_map(|l| l.split_once(": ")).map(|(k, v)| (k.to_ascii_lowercase(), v.to_owned())).collect();
     Ok(HttpAnswer { status, headers, body: body.to_owned() })
 }

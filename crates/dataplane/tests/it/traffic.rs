@@ -31,7 +31,8 @@ impl Site {
         let lab = Lab::build();
         let mut servers = JoinSet::new();
         for (name, space) in lab.spaces.iter().filter(|(n, _)| *n != "lan") {
-            let mut addresses: Vec<IpAddr> = [name.clone(), format!("{name}.6")].iter().filter_map(|n| lab::address(n)).collect();
+            let mut addresses: Vec<IpAddr> =
+                [name.clone(), format!("{name}.6")].iter().filter_map(|n| lab::address(n)).collect();
             let mut ports = vec![8080, 8081, 8082];
             let mut says = name.clone();
             if let Some(k) = name.strip_prefix('n') {
@@ -94,7 +95,8 @@ impl Site {
         let mut flows: BTreeMap<String, Flow> = BTreeMap::new();
         let mut bound: BTreeMap<String, String> = BTreeMap::new();
         let in_order = case.steps.iter().any(|s| {
-            ["change", "wait", "flow", "gap"].iter().any(|k| s.get(k).is_some()) || s["expect"].get("distinct").is_some()
+            ["change", "wait", "flow", "gap"].iter().any(|k| s.get(k).is_some())
+                || s["expect"].get("distinct").is_some()
         });
         if !in_order {
             let checks = case.steps.iter().enumerate().map(|(i, probe)| {
@@ -102,7 +104,9 @@ impl Site {
                 async move {
                     let mut flows = BTreeMap::new();
                     let mut bound = BTreeMap::new();
-                    run_probe(lab, probe, &mut flows, &mut bound).await.map_err(|e| format!("probe {i} {}: {e}", brief(probe)))
+                    run_probe(lab, probe, &mut flows, &mut bound)
+                        .await
+                        .map_err(|e| format!("probe {i} {}: {e}", brief(probe)))
                 }
             });
             return futures::future::try_join_all(checks).await.map(|_| ());
@@ -114,7 +118,9 @@ impl Site {
                 // The recording's own pause: the behaviour over time is what the case is about.
                 tokio::time::sleep(Duration::from_secs_f64(wait.as_f64().unwrap())).await;
             } else {
-                run_probe(&self.lab, step, &mut flows, &mut bound).await.map_err(|e| format!("step {i} {}: {e}", brief(step)))?;
+                run_probe(&self.lab, step, &mut flows, &mut bound)
+                    .await
+                    .map_err(|e| format!("step {i} {}: {e}", brief(step)))?;
             }
         }
         Ok(())
@@ -147,7 +153,8 @@ async fn run_probe(
         let deadline = Instant::now() + Duration::from_secs(2);
         loop {
             let answer =
-                probe::http(space, to, mark, text("method").unwrap_or("GET"), text("path").unwrap_or("/"), patience).await;
+                probe::http(space, to, mark, text("method").unwrap_or("GET"), text("path").unwrap_or("/"), patience)
+                    .await;
             match check_http(&probe["expect"], &answer) {
                 Ok(()) => return Ok(()),
                 Err(error) if Instant::now() > deadline => return Err(error),
@@ -196,7 +203,13 @@ async fn run_probe(
     Err(errors.join("; or "))
 }
 
-fn check(lab: &Lab, probe: &Value, expect: &Value, seen: &[Seen], bound: &mut BTreeMap<String, String>) -> Result<(), String> {
+fn check(
+    lab: &Lab,
+    probe: &Value,
+    expect: &Value,
+    seen: &[Seen],
+    bound: &mut BTreeMap<String, String>,
+) -> Result<(), String> {
     let _ = lab;
     let outcome = expect["outcome"].as_str().unwrap();
     let allowed: Vec<&str> = match outcome {
@@ -229,9 +242,13 @@ fn check(lab: &Lab, probe: &Value, expect: &Value, seen: &[Seen], bound: &mut BT
     }
     let endpoints = case::names(&expect["endpoints"]);
     match expect["distinct"].as_str() {
-        None if !endpoints.is_empty() && answering != endpoints => Err(format!("expected {endpoints:?}, saw {answering:?}")),
+        None if !endpoints.is_empty() && answering != endpoints => {
+            Err(format!("expected {endpoints:?}, saw {answering:?}"))
+        }
         None => Ok(()),
-        Some(_) if !answering.is_subset(&endpoints) => Err(format!("expected some of {endpoints:?}, saw {answering:?}")),
+        Some(_) if !answering.is_subset(&endpoints) => {
+            Err(format!("expected some of {endpoints:?}, saw {answering:?}"))
+        }
         Some("one") => {
             if answering.len() != 1 {
                 return Err(format!("expected a single endpoint, saw {answering:?}"));
@@ -260,7 +277,12 @@ fn class_of(name: &str) -> String {
 
 fn check_source(probe: &Value, expect: &Value, endpoint: &str, peer: &IpAddr) -> Result<(), String> {
     let from = probe["from"].as_str().unwrap();
-    let all: Vec<String> = NODES.iter().flat_map(|n| [(*n).to_owned(), format!("{n}.gw")]).chain(PODS.map(str::to_owned)).chain(["x1", "x2", "gw", "localhost"].map(str::to_owned)).collect();
+    let all: Vec<String> = NODES
+        .iter()
+        .flat_map(|n| [(*n).to_owned(), format!("{n}.gw")])
+        .chain(PODS.map(str::to_owned))
+        .chain(["x1", "x2", "gw", "localhost"].map(str::to_owned))
+        .collect();
     let peer_name = all
         .iter()
         .flat_map(|n| [n.clone(), format!("{n}.6")])
@@ -269,7 +291,11 @@ fn check_source(probe: &Value, expect: &Value, endpoint: &str, peer: &IpAddr) ->
     let peer_class = class_of(peer_name.trim_end_matches(".6"));
     if let Some(recorded) = expect["peers"].get(endpoint).and_then(Value::as_str) {
         let wanted = class_of(recorded);
-        return if wanted == peer_class { Ok(()) } else { Err(format!("{endpoint} saw {peer_name}, expected {wanted}")) };
+        return if wanted == peer_class {
+            Ok(())
+        } else {
+            Err(format!("{endpoint} saw {peer_name}, expected {wanted}"))
+        };
     }
     let sources: Vec<&str> = match &expect["source"] {
         Value::String(one) => vec![one],
@@ -344,7 +370,9 @@ fn topic(name: &str) {
     println!("{name}: {passed} of {} cases pass", results.len());
     for (id, result) in &results {
         match result {
-            Ok(()) if known.contains(id) => wrong.push(format!("{id} passes: take it off conformance/known-failing/traffic.txt")),
+            Ok(()) if known.contains(id) => {
+                wrong.push(format!("{id} passes: take it off conformance/known-failing/traffic.txt"))
+            }
             Err(error) if !known.contains(id) => wrong.push(format!("{id}: {error}")),
             _ => {}
         }

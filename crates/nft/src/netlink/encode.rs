@@ -30,7 +30,9 @@ static SET_ID: AtomicU32 = AtomicU32::new(1);
 /// Calls `emit` with a builder for each message of one operation; the builder is given the sequence number.
 pub(super) fn op_messages(table: &Table, op: &Op, mut emit: impl FnMut(&mut dyn FnMut(u32) -> Vec<u8>)) {
     let fam = family(table.family);
-    let start = |kind: u16, flags: u16, sequence: u32| Message::new(NFNL_SUBSYS_NFTABLES << 8 | kind, NLM_F_REQUEST | flags, sequence, fam, 0);
+    let start = |kind: u16, flags: u16, sequence: u32| {
+        Message::new(NFNL_SUBSYS_NFTABLES << 8 | kind, NLM_F_REQUEST | flags, sequence, fam, 0)
+    };
     match op {
         Op::AddTable => emit(&mut |seq| {
             let mut m = start(NFT_MSG_NEWTABLE, NLM_F_CREATE, seq);
@@ -92,7 +94,9 @@ pub(super) fn op_messages(table: &Table, op: &Op, mut emit: impl FnMut(&mut dyn 
         }),
         Op::AddElements { set, elements } => {
             chunks(table.family, set, elements, |chunk| {
-                emit(&mut |seq| elements_message(start(NFT_MSG_NEWSETELEM, NLM_F_CREATE, seq), table, set, chunk, true));
+                emit(&mut |seq| {
+                    elements_message(start(NFT_MSG_NEWSETELEM, NLM_F_CREATE, seq), table, set, chunk, true)
+                });
             });
         }
         Op::DeleteElements { set, elements } => {

@@ -31,15 +31,27 @@ impl NetlinkExecutor {
         Ok(NetlinkExecutor { socket: Socket::open(libc::NETLINK_NETFILTER)?, sequence: 1 })
     }
 
+    /// The number by which the kernel names this executor in announcements of its changes.
+    pub fn port_id(&self) -> io::Result<u32> {
+        self.socket.port_id()
+    }
+
     fn next(&mut self) -> u32 {
         self.sequence = self.sequence.wrapping_add(1);
         self.sequence
     }
 
     /// Sends one dump or get request and collects the attributes of the answers. `None` when the object does not exist.
-    fn request(&mut self, kind: u16, table: &Table, flags: u16, attributes: impl FnOnce(&mut Message)) -> Result<Option<Vec<Vec<u8>>>, Error> {
+    fn request(
+        &mut self,
+        kind: u16,
+        table: &Table,
+        flags: u16,
+        attributes: impl FnOnce(&mut Message),
+    ) -> Result<Option<Vec<Vec<u8>>>, Error> {
         let sequence = self.next();
-        let mut message = Message::new(NFNL_SUBSYS_NFTABLES << 8 | kind, NLM_F_REQUEST | flags, sequence, family(table.family), 0);
+        let mut message =
+            Message::new(NFNL_SUBSYS_NFTABLES << 8 | kind, NLM_F_REQUEST | flags, sequence, family(table.family), 0);
         attributes(&mut message);
         self.socket.send(&message.finish())?;
         let mut answers = Vec::new();
@@ -78,7 +90,9 @@ impl NetlinkExecutor {
         Ok(rules
             .unwrap_or_default()
             .iter()
-            .filter(|r| Attributes::of(r).any(|(kind, value)| kind == 2 && value.strip_suffix(&[0]) == Some(chain.as_bytes())))
+            .filter(|r| {
+                Attributes::of(r).any(|(kind, value)| kind == 2 && value.strip_suffix(&[0]) == Some(chain.as_bytes()))
+            })
             .filter_map(|r| Attributes::of(r).find(|(kind, _)| *kind == 4).map(|(_, value)| value.to_vec()))
             .collect())
     }
@@ -97,7 +111,8 @@ impl Executor for NetlinkExecutor {
             return Ok(());
         }
         let begin = self.next();
-        let mut batch = Message::new(message::NFNL_MSG_BATCH_BEGIN, NLM_F_REQUEST, begin, 0, NFNL_SUBSYS_NFTABLES).finish();
+        let mut batch =
+            Message::new(message::NFNL_MSG_BATCH_BEGIN, NLM_F_REQUEST, begin, 0, NFNL_SUBSYS_NFTABLES).finish();
         // Which operation a sequence number belongs to, for the error text.
         let mut owners: BTreeMap<u32, usize> = BTreeMap::new();
         let mut last = begin;
@@ -116,7 +131,9 @@ impl Executor for NetlinkExecutor {
         // The acknowledgement of the last operation comes after the commit, and after all errors.
         message::set_flag(&mut batch[last_at..], NLM_F_ACK);
         let end = self.next();
-        batch.extend_from_slice(&Message::new(message::NFNL_MSG_BATCH_END, NLM_F_REQUEST, end, 0, NFNL_SUBSYS_NFTABLES).finish());
+        batch.extend_from_slice(
+            &Message::new(message::NFNL_MSG_BATCH_END, NLM_F_REQUEST, end, 0, NFNL_SUBSYS_NFTABLES).finish(),
+        );
         self.socket.send(&batch)?;
 
         let mut refused: Option<Error> = None;
@@ -131,7 +148,8 @@ impl Executor for NetlinkExecutor {
                     continue;
                 }
                 let code = answer.error();
-                if code != 0 && (answer.sequence == begin || owners.contains_key(&answer.sequence)) && refused.is_none() {
+                if code != 0 && (answer.sequence == begin || owners.contains_key(&answer.sequence)) && refused.is_none()
+                {
                     let operation = match owners.get(&answer.sequence) {
                         Some(index) => shorten(&text::script(&Transaction {
                             table: transaction.table.clone(),
@@ -159,7 +177,10 @@ impl Executor for NetlinkExecutor {
         for answer in &answers {
             for (_, list) in Attributes::of(answer).filter(|(kind, _)| *kind == 3) {
                 for (_, element) in Attributes::of(list) {
-                    elements.push(decode_element(table.family, set, element).ok_or(Error::Protocol { what: "an element of another shape" })?);
+                    elements.push(
+                        decode_element(table.family, set, element)
+                            .ok_or(Error::Protocol { what: "an element of another shape" })?,
+                    );
                 }
             }
         }

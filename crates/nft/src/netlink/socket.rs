@@ -63,6 +63,16 @@ impl Socket {
         if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
+    /// The number by which the kernel names this socket, as in `nlmsg_pid` of what it announces on the socket's behalf.
+    pub fn port_id(&self) -> io::Result<u32> {
+        // SAFETY: an all-zero sockaddr_nl is valid.
+        let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+        let mut len = std::mem::size_of::<libc::sockaddr_nl>() as libc::socklen_t;
+        // SAFETY: the pointers are to live variables, and `len` holds the size of the address.
+        let got = unsafe { libc::getsockname(self.fd.as_raw_fd(), std::ptr::from_mut(&mut address).cast(), &mut len) };
+        if got < 0 { Err(io::Error::last_os_error()) } else { Ok(address.nl_pid) }
+    }
+
     /// Joins a multicast group, so that its notifications are received.
     pub fn join(&self, group: libc::c_int) -> io::Result<()> {
         self.set(libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, &group)
@@ -101,7 +111,12 @@ impl Socket {
         loop {
             // SAFETY: the pointer and length describe `buffer`; MSG_PEEK leaves the datagram for a second try with more room.
             let len = unsafe {
-                libc::recv(self.fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_TRUNC | libc::MSG_PEEK)
+                libc::recv(
+                    self.fd.as_raw_fd(),
+                    buffer.as_mut_ptr().cast(),
+                    buffer.len(),
+                    libc::MSG_TRUNC | libc::MSG_PEEK,
+                )
             };
             if len < 0 {
                 let error = io::Error::last_os_error();

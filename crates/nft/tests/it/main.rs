@@ -19,7 +19,9 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
 
 fn sets() -> Vec<Arc<Set>> {
     use FieldType::{Addr, Index, Mark, Port, Proto};
-    let set = |name: &str, key: Vec<FieldType>, data, interval, dynamic| Arc::new(Set { name: name.into(), key, data, interval, dynamic });
+    let set = |name: &str, key: Vec<FieldType>, data, interval, dynamic| {
+        Arc::new(Set { name: name.into(), key, data, interval, dynamic })
+    };
     vec![
         set("frontends", vec![Addr, Proto, Port], Some(DataType::Verdict), false, None),
         set("slots", vec![Addr, Proto, Port, Index], Some(DataType::Values(vec![Addr, Port])), false, None),
@@ -67,9 +69,21 @@ fn rules(family: Family) -> Vec<(&'static str, Vec<Statement>)> {
     let all = Field::Mark { mask: u32::MAX };
     let client = || vec![Field::SourceAddr, Field::Mark { mask: 0xffff_bf00 }];
     vec![
-        ("pick", vec![Statement::InputInterface { prefix: "vp".into(), negated: true }, Statement::ChangeMark { keep: u32::MAX, set: 0x4000 }]),
-        ("pick", vec![Statement::TranslateDestination { key: with(Field::Random { modulus: 3 }), map: "slots".into() }]),
-        ("pick", vec![Statement::SetMarkFromMap { key: vec![Field::Proto, Field::DestinationPort], map: "numbers".into() }]),
+        (
+            "pick",
+            vec![
+                Statement::InputInterface { prefix: "vp".into(), negated: true },
+                Statement::ChangeMark { keep: u32::MAX, set: 0x4000 },
+            ],
+        ),
+        (
+            "pick",
+            vec![Statement::TranslateDestination { key: with(Field::Random { modulus: 3 }), map: "slots".into() }],
+        ),
+        (
+            "pick",
+            vec![Statement::SetMarkFromMap { key: vec![Field::Proto, Field::DestinationPort], map: "numbers".into() }],
+        ),
         (
             "pick",
             vec![
@@ -77,17 +91,56 @@ fn rules(family: Family) -> Vec<(&'static str, Vec<Statement>)> {
                 Statement::Update { map: "memory".into(), key: client(), data: all, timeout: Duration::from_secs(600) },
             ],
         ),
-        ("pick", vec![Statement::TranslateDestination { key: vec![Field::Proto, Field::Mark { mask: !0x4000 }], map: "live".into() }]),
+        (
+            "pick",
+            vec![Statement::TranslateDestination {
+                key: vec![Field::Proto, Field::Mark { mask: !0x4000 }],
+                map: "live".into(),
+            }],
+        ),
         ("pick", vec![Statement::Forget { map: "memory".into(), key: client(), data: all }]),
         ("pick", vec![Statement::Verdict(Verdict::Drop)]),
         ("refuse", vec![Statement::Reject(Rejection::TcpReset)]),
         ("refuse", vec![Statement::Reject(Rejection::PortUnreachable)]),
         ("pre", vec![Statement::VerdictMap { key: key(), map: "frontends".into() }]),
-        ("pre", vec![Statement::InSet { key: vec![Field::DestinationAddr], set: "addresses".into(), negated: false }, Statement::Verdict(Verdict::Goto("refuse".into()))]),
-        ("pre", vec![Statement::InNetwork { field: Field::DestinationAddr, net: net("10.96.0.0/12", "fd00::/20"), negated: false }, Statement::Verdict(Verdict::Drop)]),
-        ("pre", vec![Statement::InNetwork { field: Field::SourceAddr, net: net("10.244.0.0/16", "fd00::/48"), negated: true }, Statement::Verdict(Verdict::Accept)]),
+        (
+            "pre",
+            vec![
+                Statement::InSet { key: vec![Field::DestinationAddr], set: "addresses".into(), negated: false },
+                Statement::Verdict(Verdict::Goto("refuse".into())),
+            ],
+        ),
+        (
+            "pre",
+            vec![
+                Statement::InNetwork {
+                    field: Field::DestinationAddr,
+                    net: net("10.96.0.0/12", "fd00::/20"),
+                    negated: false,
+                },
+                Statement::Verdict(Verdict::Drop),
+            ],
+        ),
+        (
+            "pre",
+            vec![
+                Statement::InNetwork {
+                    field: Field::SourceAddr,
+                    net: net("10.244.0.0/16", "fd00::/48"),
+                    negated: true,
+                },
+                Statement::Verdict(Verdict::Accept),
+            ],
+        ),
         ("pre", vec![Statement::SourceIsLocal, Statement::Verdict(Verdict::Return)]),
-        ("post", vec![Statement::MarkHas { mask: 0x4000 }, Statement::ChangeMark { keep: !0x4000, set: 0 }, Statement::Masquerade]),
+        (
+            "post",
+            vec![
+                Statement::MarkHas { mask: 0x4000 },
+                Statement::ChangeMark { keep: !0x4000, set: 0 },
+                Statement::Masquerade,
+            ],
+        ),
         ("post", vec![Statement::IsDestinationTranslated, Statement::Masquerade]),
     ]
 }
@@ -98,10 +151,14 @@ fn everything(table: &Table) -> Transaction {
     let sets = sets();
     tx.ops.extend(sets.iter().cloned().map(Op::AddSet));
     let nat = |hook, priority| Some(Base { chain_type: ChainType::Nat, hook, priority });
-    for (name, base) in [("pick", None), ("refuse", None), ("pre", nat(Hook::Prerouting, -100)), ("post", nat(Hook::Postrouting, 100))] {
+    for (name, base) in
+        [("pick", None), ("refuse", None), ("pre", nat(Hook::Prerouting, -100)), ("post", nat(Hook::Postrouting, 100))]
+    {
         tx.ops.push(Op::AddChain { name: name.into(), base });
     }
-    tx.ops.extend(rules(table.family).into_iter().map(|(chain, statements)| Op::AddRule { chain: chain.into(), statements }));
+    tx.ops.extend(
+        rules(table.family).into_iter().map(|(chain, statements)| Op::AddRule { chain: chain.into(), statements }),
+    );
     for (set, elements) in sets.iter().zip(elements(table.family)) {
         if !elements.is_empty() {
             tx.ops.push(Op::AddElements { set: set.clone(), elements });
@@ -177,7 +234,11 @@ fn text_and_netlink_make_the_same_kernel_state() {
                 assert_eq!(text.len(), netlink.len(), "{chain}");
                 for (i, (a, b)) in text.iter().zip(&netlink).enumerate() {
                     for (x, y) in a.iter().zip(b) {
-                        assert_eq!(String::from_utf8_lossy(x), String::from_utf8_lossy(y), "{family:?} {chain} rule {i}");
+                        assert_eq!(
+                            String::from_utf8_lossy(x),
+                            String::from_utf8_lossy(y),
+                            "{family:?} {chain} rule {i}"
+                        );
                         assert_eq!(x, y, "{family:?} {chain} rule {i}");
                     }
                     assert_eq!(a.len(), b.len(), "{family:?} {chain} rule {i}");
@@ -246,18 +307,46 @@ fn the_fake_refuses_what_the_kernel_refuses() {
         let rows: Vec<(&str, Vec<Op>)> = vec![
             ("add_existing_alike", vec![add(element(2, Verdict::Drop))]),
             ("add_existing_other_data", vec![add(element(2, Verdict::Accept))]),
-            ("replace_in_one_go", vec![Op::DeleteElements { set: sets[0].clone(), elements: vec![element(2, Verdict::Drop)] }, add(element(2, Verdict::Accept))]),
-            ("delete_missing", vec![Op::DeleteElements { set: sets[0].clone(), elements: vec![element(77, Verdict::Drop)] }]),
+            (
+                "replace_in_one_go",
+                vec![
+                    Op::DeleteElements { set: sets[0].clone(), elements: vec![element(2, Verdict::Drop)] },
+                    add(element(2, Verdict::Accept)),
+                ],
+            ),
+            (
+                "delete_missing",
+                vec![Op::DeleteElements { set: sets[0].clone(), elements: vec![element(77, Verdict::Drop)] }],
+            ),
             ("goto_missing_chain", vec![add(element(78, Verdict::Goto("nowhere".into())))]),
-            ("delete_used_chain", vec![Op::FlushChain { name: "pick".into() }, Op::DeleteChain { name: "pick".into() }]),
+            (
+                "delete_used_chain",
+                vec![Op::FlushChain { name: "pick".into() }, Op::DeleteChain { name: "pick".into() }],
+            ),
             ("delete_missing_chain", vec![Op::DeleteChain { name: "nowhere".into() }]),
-            ("rule_in_missing_chain", vec![Op::AddRule { chain: "nowhere".into(), statements: vec![Statement::Verdict(Verdict::Drop)] }]),
-            ("lookup_in_missing_set", vec![Op::AddRule { chain: "pick".into(), statements: vec![Statement::VerdictMap { key: vec![Field::Proto], map: "nowhere".into() }] }]),
+            (
+                "rule_in_missing_chain",
+                vec![Op::AddRule { chain: "nowhere".into(), statements: vec![Statement::Verdict(Verdict::Drop)] }],
+            ),
+            (
+                "lookup_in_missing_set",
+                vec![Op::AddRule {
+                    chain: "pick".into(),
+                    statements: vec![Statement::VerdictMap { key: vec![Field::Proto], map: "nowhere".into() }],
+                }],
+            ),
             ("chain_again", vec![Op::AddChain { name: "pick".into(), base: None }]),
-            ("new_chain_and_element", vec![Op::AddChain { name: "x".into(), base: None }, add(element(79, Verdict::Goto("x".into())))]),
+            (
+                "new_chain_and_element",
+                vec![Op::AddChain { name: "x".into(), base: None }, add(element(79, Verdict::Goto("x".into())))],
+            ),
             (
                 "unreference_and_delete_chain",
-                vec![Op::DeleteElements { set: sets[0].clone(), elements: vec![element(1, Verdict::Drop)] }, Op::FlushChain { name: "pick".into() }, Op::DeleteChain { name: "pick".into() }],
+                vec![
+                    Op::DeleteElements { set: sets[0].clone(), elements: vec![element(1, Verdict::Drop)] },
+                    Op::FlushChain { name: "pick".into() },
+                    Op::DeleteChain { name: "pick".into() },
+                ],
             ),
         ];
         for (name, ops) in rows {
