@@ -349,14 +349,15 @@ impl Allocator {
     /// Gives addresses to a Service: those it asks for, those it has, or the first free ones, in that order.
     ///
     /// # Errors
-    /// The most specific reason; the Service then has no address.
+    /// The most specific reason. What the Service had before, it keeps: an edit that cannot be met does not cut it off.
     pub fn allocate(&mut self, request: &Request) -> Result<Vec<IpAddr>, AllocationError> {
         let mut current = self.addresses(&request.key).to_vec();
         if current.is_empty() {
             current.clone_from(&request.current);
         }
-        self.release(&request.key);
+        // Its own addresses never stand in a Service's way, so choosing does not need them released.
         let addresses = self.choose(request, &current)?;
+        self.release(&request.key);
         for address in &addresses {
             self.holders.entry(*address).or_default().insert(request.key.clone());
         }
