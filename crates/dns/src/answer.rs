@@ -389,7 +389,13 @@ pub fn relay(request: &[u8], transport: Transport, upstream: &[u8], out: &mut Ve
 /// Completes an alias with the forwarder's reply for its target; `None` when it got none.
 ///
 /// A lookup that failed is SERVFAIL, so that clients try again instead of taking the name to have no address.
-pub fn complete(chain: &Chain, request: &[u8], transport: Transport, upstream: Option<&[u8]>, out: &mut Vec<u8>) -> Outcome {
+pub fn complete(
+    chain: &Chain,
+    request: &[u8],
+    transport: Transport,
+    upstream: Option<&[u8]>,
+    out: &mut Vec<u8>,
+) -> Outcome {
     let found = upstream.and_then(wire::parse_upstream);
     let usable = |rcode| rcode == Rcode::NoError as u16 || rcode == Rcode::NxDomain as u16;
     let (Some(found), Parsed::Query(query)) = (found.filter(|f| usable(f.rcode)), wire::parse(request)) else {
@@ -428,11 +434,29 @@ enum Name<'q> {
     Apex,
     /// `svc` or `pod` alone.
     Middle,
-    Namespace { namespace: &'q str, pod: bool },
-    Service { service: &'q str, namespace: &'q str },
-    Endpoint { endpoint: &'q str, service: &'q str, namespace: &'q str },
-    Port { port: &'q str, protocol: &'q str, service: &'q str, namespace: &'q str },
-    Pod { address: &'q str, namespace: &'q str },
+    Namespace {
+        namespace: &'q str,
+        pod: bool,
+    },
+    Service {
+        service: &'q str,
+        namespace: &'q str,
+    },
+    Endpoint {
+        endpoint: &'q str,
+        service: &'q str,
+        namespace: &'q str,
+    },
+    Port {
+        port: &'q str,
+        protocol: &'q str,
+        service: &'q str,
+        namespace: &'q str,
+    },
+    Pod {
+        address: &'q str,
+        namespace: &'q str,
+    },
     NameServer,
     SchemaVersion,
     Unknown,
@@ -507,7 +531,10 @@ enum Part<'q> {
     Whole,
     Endpoint(&'q str),
     /// Empty parts match anything.
-    Port { port: &'q str, protocol: &'q str },
+    Port {
+        port: &'q str,
+        protocol: &'q str,
+    },
 }
 
 impl Part<'_> {
@@ -547,7 +574,10 @@ fn pairs<'a>(entry: &'a Entry, part: Part<'a>) -> Vec<(IpAddr, Option<&'a Endpoi
             ips.iter().for_each(|ip| push(*ip, None, &entry.ports));
         }
         (Some(ServiceKind::Cluster(_) | ServiceKind::Headless), Part::Endpoint(label)) => {
-            entry.endpoints().filter(|(e, _)| e.has_label(label)).for_each(|(e, ports)| push(e.address, Some(e), ports));
+            entry
+                .endpoints()
+                .filter(|(e, _)| e.has_label(label))
+                .for_each(|(e, ports)| push(e.address, Some(e), ports));
         }
         (Some(ServiceKind::Headless), Part::Whole | Part::Port { .. }) => {
             entry.endpoints().for_each(|(e, ports)| push(e.address, Some(e), ports));
@@ -561,7 +591,11 @@ fn pairs<'a>(entry: &'a Entry, part: Part<'a>) -> Vec<(IpAddr, Option<&'a Endpoi
 fn addresses(entry: &Entry, part: Part<'_>) -> Vec<IpAddr> {
     let mut found: Vec<IpAddr> = match (&entry.kind, part) {
         (Some(ServiceKind::Cluster(ips)), Part::Whole | Part::Port { .. }) => {
-            if part.matches_any(&entry.ports) { ips.to_vec() } else { Vec::new() }
+            if part.matches_any(&entry.ports) {
+                ips.to_vec()
+            } else {
+                Vec::new()
+            }
         }
         (Some(ServiceKind::Cluster(_) | ServiceKind::Headless), Part::Endpoint(label)) => {
             entry.endpoints().filter(|(e, _)| e.has_label(label)).map(|(e, _)| e.address).collect()
@@ -891,10 +925,9 @@ impl<'a> Responder<'a, '_, '_> {
             Name::Endpoint { endpoint, service, namespace } => {
                 self.set.service(&format!("{service}.{namespace}")).map(|e| addresses(e, Part::Endpoint(endpoint)))
             }
-            Name::Port { port, protocol, service, namespace } => self
-                .set
-                .service(&format!("{service}.{namespace}"))
-                .map(|e| addresses(e, Part::Port { port, protocol })),
+            Name::Port { port, protocol, service, namespace } => {
+                self.set.service(&format!("{service}.{namespace}")).map(|e| addresses(e, Part::Port { port, protocol }))
+            }
             Name::Pod { address, namespace } => self.pod_addresses(address, namespace).map(|a| vec![a]),
             Name::NameServer => Some(self.name_servers().into_iter().flat_map(|(_, a)| a).collect()),
             Name::Apex | Name::Middle | Name::Namespace { .. } | Name::SchemaVersion | Name::Unknown => None,
@@ -1073,7 +1106,8 @@ pub fn answer_published(
     if chain.is_empty() && chosen.is_empty() {
         // Each published name is the top of a zone of its own, which is what its SOA says.
         let top = wire::HEADER;
-        let (section, at_top) = (if query.rtype == rtype::SOA { Section::Answer } else { Section::Authority }, Owner::Question);
+        let (section, at_top) =
+            (if query.rtype == rtype::SOA { Section::Answer } else { Section::Authority }, Owner::Question);
         reply.record(section, at_top, rtype::SOA, ttl.min(300), |out| soa_data(top, names.serial, ttl, out));
     } else {
         let owner = write_chain(&mut reply, &chain, ttl);

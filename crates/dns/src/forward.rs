@@ -43,7 +43,12 @@ impl Forwarder {
 
     /// Sends `query` to one upstream after the other, starting at random, twice around at most; returns the first reply, which
     /// may be a failure of the upstream's own.
-    pub(crate) async fn exchange(&self, query: &[u8], transport: Transport, metrics: &Metrics) -> Result<Vec<u8>, Failure> {
+    pub(crate) async fn exchange(
+        &self,
+        query: &[u8],
+        transport: Transport,
+        metrics: &Metrics,
+    ) -> Result<Vec<u8>, Failure> {
         if self.in_flight.fetch_add(1, Ordering::Relaxed) >= self.max_concurrent && self.max_concurrent > 0 {
             self.in_flight.fetch_sub(1, Ordering::Relaxed);
             metrics.concurrent_rejects.inc();

@@ -159,7 +159,14 @@ impl Server {
         }
     }
 
-    fn record(&self, recorder: &mut Recorder, summary: Summary, from: (IpAddr, Transport), sizes: (usize, usize), took: Duration) {
+    fn record(
+        &self,
+        recorder: &mut Recorder,
+        summary: Summary,
+        from: (IpAddr, Transport),
+        sizes: (usize, usize),
+        took: Duration,
+    ) {
         recorder.record(summary, self.settings.zone_text(summary.zone), from, sizes, took);
     }
 }
@@ -261,7 +268,10 @@ pub async fn run(
     let netns = config.netns.as_ref();
     let own = if config.own_addresses.is_empty() { interface_addresses(netns) } else { config.own_addresses.clone() };
     let is_ours = |u: &SocketAddr| {
-        config.listen.iter().any(|l| l.port() == u.port() && (l.ip() == u.ip() || l.ip().is_unspecified() && own.contains(&u.ip())))
+        config
+            .listen
+            .iter()
+            .any(|l| l.port() == u.port() && (l.ip() == u.ip() || l.ip().is_unspecified() && own.contains(&u.ip())))
     };
     if let Some(bad) = config.upstreams.iter().find(|u| u.ip().is_loopback() || u.ip().is_unspecified() || is_ours(u)) {
         return Err(Error::Loop(*bad));
@@ -389,7 +399,16 @@ async fn udp_worker(server: Arc<Server>, socket: std::net::UdpSocket, stop: Canc
         for _ in 0..16 {
             match socket.try_io(Interest::READABLE, || received.read(&*socket)) {
                 Ok(_) => {
-                    answer_batch(&server, &received, &socket, &mut seeds, &mut recorder, &mut replies, &mut spare, &tasks);
+                    answer_batch(
+                        &server,
+                        &received,
+                        &socket,
+                        &mut seeds,
+                        &mut recorder,
+                        &mut replies,
+                        &mut spare,
+                        &tasks,
+                    );
                     udp::send(&*socket, &replies);
                     spare.extend(replies.drain(..).map(|(_, out)| out));
                 }

@@ -147,8 +147,11 @@ impl Metrics {
             concurrent_rejects: Counter::default(),
         };
         let build: Family<Build, Gauge> = Family::default();
-        let labels =
-            Build { version: env!("CARGO_PKG_VERSION"), revision: "", goversion: concat!("rust", env!("CARGO_PKG_RUST_VERSION")) };
+        let labels = Build {
+            version: env!("CARGO_PKG_VERSION"),
+            revision: "",
+            goversion: concat!("rust", env!("CARGO_PKG_RUST_VERSION")),
+        };
         build.get_or_create(&labels).set(1);
         registry.register("coredns_build_info", "Version of the program.", build);
         registry.register("coredns_dns_requests", "Queries.", m.requests.clone());
@@ -249,8 +252,14 @@ impl Recorder {
             let place = Place { server: server.clone(), zone: zone.clone(), view: view.clone() };
             let sized = Sized { server: server.clone(), zone: zone.clone(), view: view.clone(), proto };
             let family = if key.ipv6 { "2" } else { "1" };
-            let request =
-                Request { server: server.clone(), zone: zone.clone(), view: view.clone(), proto, family, r#type: key.rtype };
+            let request = Request {
+                server: server.clone(),
+                zone: zone.clone(),
+                view: view.clone(),
+                proto,
+                family,
+                r#type: key.rtype,
+            };
             let response = Response { server, zone, view, rcode: summary.rcode.name(), plugin: key.plugin };
             Handles {
                 requests: metrics.requests.get_or_create_owned(&request),

@@ -62,7 +62,9 @@ fn respond(head: &[u8], path: &str, state: &State) -> String {
     };
     let shown = if method == b"HEAD" { "" } else { &body };
     let length = body.len();
-    format!("HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{shown}")
+    format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{shown}"
+    )
 }
 
 #[cfg(test)]

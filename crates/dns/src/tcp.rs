@@ -38,7 +38,12 @@ pub(crate) fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
 }
 
 /// Accepts connections until `stop`.
-pub(crate) async fn serve(server: Arc<Server>, listener: std::net::TcpListener, stop: CancellationToken, tasks: TaskTracker) {
+pub(crate) async fn serve(
+    server: Arc<Server>,
+    listener: std::net::TcpListener,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+) {
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => {
@@ -105,7 +110,9 @@ async fn connection(server: Arc<Server>, stream: TcpStream, peer: IpAddr, stop: 
                     let Ok(slot) = answers.clone().reserve_owned().await else { break };
                     let server = Arc::clone(&server);
                     tasks.spawn(async move {
-                        if let Outcome::Reply(summary) = server.resolve(outcome, &request, Transport::Tcp, &mut out).await {
+                        if let Outcome::Reply(summary) =
+                            server.resolve(outcome, &request, Transport::Tcp, &mut out).await
+                        {
                             let mut recorder = Recorder::new(Arc::clone(&server.metrics));
                             let sizes = (request.len(), out.len());
                             server.record(&mut recorder, summary, (peer, Transport::Tcp), sizes, started.elapsed());

@@ -100,7 +100,13 @@ impl Received {
         }
         // SAFETY: each header points to buffers of the stated lengths that outlive the call.
         let got = unsafe {
-            libc::recvmmsg(socket.as_raw_fd(), headers.as_mut_ptr(), BATCH as u32, libc::MSG_DONTWAIT, std::ptr::null_mut())
+            libc::recvmmsg(
+                socket.as_raw_fd(),
+                headers.as_mut_ptr(),
+                BATCH as u32,
+                libc::MSG_DONTWAIT,
+                std::ptr::null_mut(),
+            )
         };
         if got < 0 {
             return Err(io::Error::last_os_error());
@@ -167,7 +173,8 @@ pub(crate) fn send(socket: &impl AsRawFd, messages: &[(Peer, Vec<u8>)]) {
         while done < batch.len() {
             let left = (batch.len() - done) as u32;
             // SAFETY: the headers from `done` on point to live names, buffers and control messages.
-            let sent = unsafe { libc::sendmmsg(socket.as_raw_fd(), headers[done..].as_mut_ptr(), left, libc::MSG_DONTWAIT) };
+            let sent =
+                unsafe { libc::sendmmsg(socket.as_raw_fd(), headers[done..].as_mut_ptr(), left, libc::MSG_DONTWAIT) };
             match usize::try_from(sent) {
                 Ok(n) if n > 0 => done += n,
                 _ => {

@@ -42,7 +42,9 @@ where
         .default_backoff()
         .map(move |event| {
             match &event {
-                Err(error) if !failing => tracing::warn!(%kind, %error, "watch broken, keeping load balancers as they are"),
+                Err(error) if !failing => {
+                    tracing::warn!(%kind, %error, "watch broken, keeping load balancers as they are")
+                }
                 Ok(_) if failing => tracing::info!(%kind, "watch restored"),
                 _ => {}
             }
@@ -78,7 +80,11 @@ struct Listing {
 
 impl Listing {
     /// Splits an event into the object to set and the keys to remove; `known` are all keys at the end of a list.
-    fn step<K: kube::Resource>(&mut self, event: Event<K>, known: impl FnOnce() -> Vec<String>) -> (Option<K>, Vec<String>) {
+    fn step<K: kube::Resource>(
+        &mut self,
+        event: Event<K>,
+        known: impl FnOnce() -> Vec<String>,
+    ) -> (Option<K>, Vec<String>) {
         match event {
             Event::Init => {
                 self.seen = Some(HashSet::new());
@@ -240,7 +246,10 @@ impl Controller {
     fn take_over(&mut self) {
         let mut all: Vec<Arc<Service>> = self.services.values().cloned().collect();
         let has_address = |s: &Service| {
-            s.status.as_ref().and_then(|s| s.load_balancer.as_ref()).is_some_and(|l| l.ingress.iter().flatten().count() > 0)
+            s.status
+                .as_ref()
+                .and_then(|s| s.load_balancer.as_ref())
+                .is_some_and(|l| l.ingress.iter().flatten().count() > 0)
         };
         all.sort_by_key(|s| (!has_address(s), s.metadata.creation_timestamp.clone(), service_key(s)));
         for service in &all {
@@ -380,7 +389,12 @@ impl Controller {
                 let needs_edit = match &error {
                     SyncError::Ensure(ProviderError::Address(cause)) => {
                         let message = format!("Failed to allocate IP for {key:?}: {cause}");
-                        self.allocation_events.event(&reference(&service), EventType::Warning, "AllocationFailed", message);
+                        self.allocation_events.event(
+                            &reference(&service),
+                            EventType::Warning,
+                            "AllocationFailed",
+                            message,
+                        );
                         if !cause.needs_edit() {
                             self.waiting.insert(key.clone());
                         }
@@ -484,7 +498,8 @@ impl Controller {
         let nodes: Vec<NodeTarget> = self.nodes.values().cloned().collect();
         let desired = self.provider.ensure(service, TargetSet { nodes: &nodes, slices: &slices }).await;
         let desired = desired.map_err(SyncError::Ensure)?;
-        let addresses = |ingress: &[LoadBalancerIngress]| -> Vec<String> { ingress.iter().filter_map(|i| i.ip.clone()).collect() };
+        let addresses =
+            |ingress: &[LoadBalancerIngress]| -> Vec<String> { ingress.iter().filter_map(|i| i.ip.clone()).collect() };
         let before = service.status.as_ref().and_then(|s| s.load_balancer.as_ref()).and_then(|l| l.ingress.clone());
         if addresses(&before.unwrap_or_default()) != addresses(&desired) {
             let message = format!("Assigned IP {:?}", addresses(&desired));
@@ -509,7 +524,11 @@ impl Controller {
             if finalizers.iter().any(|f| f == FINALIZER) == add {
                 return Ok(());
             }
-            if add { finalizers.push(FINALIZER.into()) } else { finalizers.retain(|f| f != FINALIZER) }
+            if add {
+                finalizers.push(FINALIZER.into())
+            } else {
+                finalizers.retain(|f| f != FINALIZER)
+            }
             let patch = serde_json::json!({"metadata": {
                 "resourceVersion": current.metadata.resource_version, "finalizers": finalizers}});
             match api.patch(&service.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await {

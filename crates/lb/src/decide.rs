@@ -81,15 +81,18 @@ pub fn is_relevant(old: &Service, new: &Service) -> bool {
 pub fn node_target(node: &Node) -> Option<NodeTarget> {
     let meta = &node.metadata;
     // A value that reads as false means included; anything else means excluded.
-    let excluded = meta.labels.as_ref().and_then(|l| l.get(EXCLUDE)).is_some_and(|v| {
-        !matches!(v.as_str(), "0" | "f" | "F" | "FALSE" | "false" | "False")
-    });
+    let excluded = meta
+        .labels
+        .as_ref()
+        .and_then(|l| l.get(EXCLUDE))
+        .is_some_and(|v| !matches!(v.as_str(), "0" | "f" | "F" | "FALSE" | "false" | "False"));
     let tainted = node.spec.iter().flat_map(|s| s.taints.iter().flatten()).any(|t| t.key == TO_BE_DELETED);
     if excluded || tainted || meta.deletion_timestamp.is_some() {
         return None;
     }
     let listed = node.status.iter().flat_map(|s| s.addresses.iter().flatten());
-    let addresses: Vec<IpAddr> = listed.filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).collect();
+    let addresses: Vec<IpAddr> =
+        listed.filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).collect();
     Some(NodeTarget { name: meta.name.clone()?, addresses })
 }
 
@@ -166,7 +169,11 @@ mod tests {
         let f = json!([FINALIZER]);
         let rows = [
             ("a load balancer", json!({"spec": {"type": "LoadBalancer"}}), Intent::Ensure),
-            ("our class", json!({"spec": {"type": "LoadBalancer", "loadBalancerClass": "lb.portolan.dev/local"}}), Intent::Ensure),
+            (
+                "our class",
+                json!({"spec": {"type": "LoadBalancer", "loadBalancerClass": "lb.portolan.dev/local"}}),
+                Intent::Ensure,
+            ),
             ("another class", json!({"spec": {"type": "LoadBalancer", "loadBalancerClass": "x/y"}}), Intent::Ignore),
             ("never one", json!({"spec": {"type": "ClusterIP"}}), Intent::Ignore),
             ("no longer one", json!({"metadata": {"finalizers": f}, "spec": {"type": "ClusterIP"}}), Intent::Clean),
@@ -211,7 +218,9 @@ mod tests {
             {"type": "Ready", "status": "False"}]}})));
         assert!(!node(json!({"metadata": {"name": "a", "labels": {EXCLUDE: ""}}})));
         assert!(node(json!({"metadata": {"name": "a", "labels": {EXCLUDE: "false"}}})));
-        assert!(!node(json!({"metadata": {"name": "a"}, "spec": {"taints": [{"key": TO_BE_DELETED, "effect": "NoSchedule"}]}})));
+        assert!(!node(
+            json!({"metadata": {"name": "a"}, "spec": {"taints": [{"key": TO_BE_DELETED, "effect": "NoSchedule"}]}})
+        ));
         assert!(!node(json!({"metadata": {"name": "a", "deletionTimestamp": "2026-01-01T00:00:00Z"}})));
     }
 

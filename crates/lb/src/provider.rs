@@ -33,7 +33,7 @@ pub enum ProviderError {
 
 /// Makes load balancers. Calls come one at a time.
 #[async_trait]
-pub trait Provider: Send {
+pub trait Provider: Send + Sync {
     /// As in messages and configuration.
     fn name(&self) -> &'static str;
 

@@ -179,10 +179,15 @@ pub fn install(family: Family, rules: &Ruleset) -> Transaction {
                 Statement::Masquerade,
             ],
         ),
-        // What still has the load balancer's address as its destination here found no listener or no target.
+        // Answers to connections that this host made to a load balancer come back to the balancer's address.
+        ("input", vec![Statement::IsDestinationTranslated, Statement::Verdict(Verdict::Accept)]),
+        // What else has the load balancer's address as its destination here found no listener or no target.
         (
             "input",
-            vec![Statement::VerdictMap { key: vec![Field::DestinationAddr, Field::Proto], map: SetId::Refused.name().into() }],
+            vec![Statement::VerdictMap {
+                key: vec![Field::DestinationAddr, Field::Proto],
+                map: SetId::Refused.name().into(),
+            }],
         ),
         ("reject-tcp", vec![Statement::Reject(Rejection::TcpReset)]),
         ("reject", vec![Statement::Reject(Rejection::PortUnreachable)]),
@@ -246,7 +251,8 @@ mod tests {
 
     /// The elements of every set that the fake kernel holds.
     fn held(fake: &mut Fake) -> BTreeMap<SetId, BTreeSet<Element>> {
-        let sets = SETS.map(|id| (id, fake.elements(&table(Family::Ip), &id.set()).unwrap().unwrap().into_iter().collect()));
+        let sets =
+            SETS.map(|id| (id, fake.elements(&table(Family::Ip), &id.set()).unwrap().unwrap().into_iter().collect()));
         sets.into_iter().filter(|(_, e): &(_, BTreeSet<_>)| !e.is_empty()).collect()
     }
 
@@ -256,7 +262,10 @@ mod tests {
             vec![],
             vec![listener(80, &["10.0.0.1"], None)],
             vec![listener(80, &["10.0.0.1", "10.0.0.2"], None), listener(53, &[], None)],
-            vec![listener(80, &["10.0.0.2"], Some(&["198.51.100.0/24", "203.0.113.7/32"])), listener(53, &["10.0.0.9"], None)],
+            vec![
+                listener(80, &["10.0.0.2"], Some(&["198.51.100.0/24", "203.0.113.7/32"])),
+                listener(53, &["10.0.0.9"], None),
+            ],
             vec![listener(80, &[], Some(&["203.0.113.7/32"]))],
             vec![],
         ];

@@ -190,7 +190,9 @@ impl AllocationError {
     pub fn needs_edit(&self) -> bool {
         match self {
             AllocationError::Invalid(_) | AllocationError::AskedTwice(_) | AllocationError::WrongFamily(_) => true,
-            AllocationError::NotAllowed(_) | AllocationError::UnknownPool(_) | AllocationError::WrongPool { .. } => true,
+            AllocationError::NotAllowed(_) | AllocationError::UnknownPool(_) | AllocationError::WrongPool { .. } => {
+                true
+            }
             AllocationError::Exhausted
             | AllocationError::PoolExhausted(_)
             | AllocationError::ExistingDoesNotShare
@@ -210,7 +212,8 @@ const REQUESTED_IPS: [&str; 6] = [
     "kube-vip.io/loadbalancerIPs",
     "purelb.io/addresses",
 ];
-const REQUESTED_POOL: [&str; 3] = ["metallb.io/address-pool", "metallb.universe.tf/address-pool", "purelb.io/service-group"];
+const REQUESTED_POOL: [&str; 3] =
+    ["metallb.io/address-pool", "metallb.universe.tf/address-pool", "purelb.io/service-group"];
 const SHARING_KEY: [&str; 4] = [
     "metallb.io/allow-shared-ip",
     "metallb.universe.tf/allow-shared-ip",
@@ -248,7 +251,10 @@ impl Request {
         let spec = service.spec.clone().unwrap_or_default();
         let annotations = service.metadata.annotations.as_ref();
         let first = |names: &[&'static str]| {
-            names.iter().find_map(|name| Some((*name, annotations?.get(*name)?.trim()))).filter(|(_, value)| !value.is_empty())
+            names
+                .iter()
+                .find_map(|name| Some((*name, annotations?.get(*name)?.trim())))
+                .filter(|(_, value)| !value.is_empty())
         };
         let field = spec.load_balancer_ip.as_deref().filter(|ip| !ip.is_empty());
         let asked = match (first(&REQUESTED_IPS), field) {
@@ -264,7 +270,9 @@ impl Request {
         let cluster_ips = spec.cluster_ips.unwrap_or_default();
         let mut families: Vec<bool> = listed.iter().map(|f| f == "IPv6").collect();
         if families.is_empty() {
-            families.extend(cluster_ips.iter().chain(&spec.cluster_ip).filter_map(|ip| Some(ip.parse::<IpAddr>().ok()?.is_ipv6())));
+            families.extend(
+                cluster_ips.iter().chain(&spec.cluster_ip).filter_map(|ip| Some(ip.parse::<IpAddr>().ok()?.is_ipv6())),
+            );
             families.dedup();
             families.truncate(2);
         }
@@ -276,7 +284,8 @@ impl Request {
         }
         let status = service.status.as_ref().and_then(|s| s.load_balancer.as_ref()).and_then(|l| l.ingress.as_ref());
         let ports = spec.ports.unwrap_or_default();
-        let ports = ports.iter().filter_map(|p| Some((Protocol::parse(p.protocol.as_deref()), u16::try_from(p.port).ok()?)));
+        let ports =
+            ports.iter().filter_map(|p| Some((Protocol::parse(p.protocol.as_deref()), u16::try_from(p.port).ok()?)));
         Ok(Request {
             key: service_key(service),
             families,
@@ -441,7 +450,8 @@ impl Allocator {
                 return Ok(*address);
             }
         }
-        let mut free = self.candidates(request).flat_map(|p| p.addresses(ipv6)).filter(|a| !self.holders.contains_key(a));
+        let mut free =
+            self.candidates(request).flat_map(|p| p.addresses(ipv6)).filter(|a| !self.holders.contains_key(a));
         free.next().ok_or_else(|| match &request.pool {
             Some(pool) => AllocationError::PoolExhausted(pool.clone()),
             None => AllocationError::Exhausted,

@@ -547,7 +547,8 @@ impl ZoneBuilder {
 
     /// Removes the EndpointSlices that a complete list (`namespace/name`) did not have.
     pub fn retain_slices(&mut self, listed: &HashSet<String>) -> bool {
-        let gone: Vec<_> = self.slices.keys().filter(|(ns, n)| !listed.contains(&format!("{ns}/{n}"))).cloned().collect();
+        let gone: Vec<_> =
+            self.slices.keys().filter(|(ns, n)| !listed.contains(&format!("{ns}/{n}"))).cloned().collect();
         gone.iter().fold(false, |changed, (ns, name)| self.delete_slice(ns, name) | changed)
     }
 
@@ -564,7 +565,8 @@ impl ZoneBuilder {
             number: p.port.and_then(|n| u16::try_from(n).ok()),
         });
         // An unknown condition counts as ready (EndpointConditions.ready); serving and terminating do not matter to DNS.
-        let ready = slice.endpoints.iter().flatten().filter(|e| e.conditions.as_ref().and_then(|c| c.ready).unwrap_or(true));
+        let ready =
+            slice.endpoints.iter().flatten().filter(|e| e.conditions.as_ref().and_then(|c| c.ready).unwrap_or(true));
         let endpoints = ready.flat_map(|e| {
             let hostname = e.hostname.as_deref().filter(|h| !h.is_empty());
             // A label has at most 63 octets (RFC 1035 section 2.3.4).

@@ -151,7 +151,8 @@ fn message(query: &Value) -> Vec<u8> {
         return message;
     }
     let flag = |name: &str, bit: u16| u16::from(query[name] == json!(true)) << bit;
-    let flags = flag("aa", 10) | flag("tc", 9) | flag("rd", 8) | flag("ra", 7) | flag("z", 6) | flag("ad", 5) | flag("cd", 4);
+    let flags =
+        flag("aa", 10) | flag("tc", 9) | flag("rd", 8) | flag("ra", 7) | flag("z", 6) | flag("ad", 5) | flag("cd", 4);
     let mut m = vec![0x12, 0x34];
     m.extend(flags.to_be_bytes());
     m.extend([0, 1, 0, 0, 0, 0, 0, u8::from(query["edns"].is_object())]);
@@ -271,7 +272,8 @@ fn compare(case: &Value, reply: Option<Vec<u8>>) -> Result<(), String> {
         return wrong("edns");
     }
     if expect["answer"] == json!("<subset>") {
-        return cut(case, expect, &got).map_err(|e| format!("{e}; {} answers, {} octets", got.sections[0].len(), got.size));
+        return cut(case, expect, &got)
+            .map_err(|e| format!("{e}; {} answers, {} octets", got.sections[0].len(), got.size));
     }
     let order = case["order"].as_str().unwrap();
     for (i, section) in ["answer", "authority", "additional"].iter().enumerate() {
@@ -366,7 +368,15 @@ fn table_of_queries() {
         (112, "deadup", "base", "www.example.org.", "A", "SERVFAIL", &[]),
         (114, "main", "db2-ready", "db-2.db.data.svc~", "A", "NOERROR", &["10.244.3.23"]),
         (115, "main", "db0-leaving", "db.data.svc~", "A", "NOERROR", &["10.244.2.22", "10.244.3.23"]),
-        (116, "main", "db0-leaving", "db-all.data.svc~", "A", "NOERROR", &["10.244.1.21", "10.244.2.22", "10.244.3.23"]),
+        (
+            116,
+            "main",
+            "db0-leaving",
+            "db-all.data.svc~",
+            "A",
+            "NOERROR",
+            &["10.244.1.21", "10.244.2.22", "10.244.3.23"],
+        ),
     ];
     let mut covered: BTreeSet<u32> = rows.iter().map(|r| r.0).collect();
     let mut servers = BTreeMap::new();

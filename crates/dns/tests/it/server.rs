@@ -126,8 +126,11 @@ fn cluster() -> Api {
     for name in ["shop", "kube-system"] {
         api.apply(json!({"kind": "Namespace", "metadata": {"name": name}}));
     }
-    api.apply(service("web", json!({"clusterIP": "10.96.20.11", "clusterIPs": ["10.96.20.11"],
-        "ports": [{"name": "http", "port": 80}]})));
+    api.apply(service(
+        "web",
+        json!({"clusterIP": "10.96.20.11", "clusterIPs": ["10.96.20.11"],
+        "ports": [{"name": "http", "port": 80}]}),
+    ));
     api.apply(service("out", json!({"type": "ExternalName", "externalName": "db.corp.example"})));
     api.apply(service("wide", json!({"clusterIP": "None", "ports": [{"port": 1}]})));
     api.apply(slice("wide-1", "wide", (1..=200).map(|i| format!("10.245.0.{i}")).collect()));
@@ -195,8 +198,10 @@ async fn dig_gets_answers_over_udp_and_tcp() {
             assert!(text.contains("status: NOERROR") && !text.contains("unexpected source"), "{address}: {text}");
         }
         assert_eq!(lab.dig(&[&at, "-x", "10.96.20.11", "+short"]), "web.shop.svc.cluster.local.\n");
-        assert_eq!(lab.dig(&[&at, "_http._tcp.web.shop.svc.cluster.local", "SRV", "+short"]),
-            "0 100 80 web.shop.svc.cluster.local.\n");
+        assert_eq!(
+            lab.dig(&[&at, "_http._tcp.web.shop.svc.cluster.local", "SRV", "+short"]),
+            "0 100 80 web.shop.svc.cluster.local.\n"
+        );
         // Too long for a datagram: dig follows TC to TCP by itself.
         assert_eq!(lab.dig(&[&at, "wide.shop.svc.cluster.local", "+short"]).lines().count(), 200);
         let cut = lab.dig(&[&at, "wide.shop.svc.cluster.local", "+ignore"]);
@@ -266,8 +271,10 @@ async fn other_names_go_to_the_upstream() {
     tokio::task::block_in_place(|| {
         let ask = |name: &str, rtype: &str| decode(&lab.udp(SERVICE, &query(7, name, rtype)).expect("a reply"));
         assert_eq!(ask("www.example.org.", "A").sections[0], ["www.example.org. 300 IN A 192.0.2.80"]);
-        assert_eq!(ask("out.shop.svc.cluster.local.", "A").sections[0],
-            ["out.shop.svc.cluster.local. 5 IN CNAME db.corp.example.", "db.corp.example. 120 IN A 192.0.2.53"]);
+        assert_eq!(
+            ask("out.shop.svc.cluster.local.", "A").sections[0],
+            ["out.shop.svc.cluster.local. 5 IN CNAME db.corp.example.", "db.corp.example. 120 IN A 192.0.2.53"]
+        );
         assert_eq!(ask("9.1.244.10.in-addr.arpa.", "PTR").sections[0].len(), 1);
         assert_eq!(ask("nosuch.shop.svc.cluster.local.", "A").flags, ["QR", "AA", "RD"], "cluster names stay here");
         // One query waits for an upstream that never answers it; meanwhile the next is refused at once, and cluster names

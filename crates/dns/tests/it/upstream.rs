@@ -27,8 +27,16 @@ pub fn reply(query: &[u8], udp: bool) -> Option<Vec<u8>> {
             cut = udp;
         }
         ("9.1.244.10.in-addr.arpa.", "PTR") => answers.push((name.clone(), "curl.corp.example.", 60)),
-        ("db.corp.example." | "www.example.org." | "gold.corp.example." | "hop.example." | "back.example." | "tc.example."
-        | "9.1.244.10.in-addr.arpa.", _) => negative = Some(parent),
+        (
+            "db.corp.example."
+            | "www.example.org."
+            | "gold.corp.example."
+            | "hop.example."
+            | "back.example."
+            | "tc.example."
+            | "9.1.244.10.in-addr.arpa.",
+            _,
+        ) => negative = Some(parent),
         ("servfail.example.", _) => (rcode, negative) = (2, None),
         ("refused.example.", _) => (rcode, negative) = (5, None),
         ("dead.example.", _) => return None,
@@ -46,7 +54,11 @@ pub fn reply(query: &[u8], udp: bool) -> Option<Vec<u8>> {
     out[10..12].copy_from_slice(&[0, u8::from(asked.edns.is_some())]);
     let mut record = |owner: &str, rtype: u16, ttl: u32, data: &[u8]| {
         // The question's name goes back in the client's case.
-        if owner == name { out.extend([0xC0, 12]) } else { out.extend(name_from_text(owner)) }
+        if owner == name {
+            out.extend([0xC0, 12])
+        } else {
+            out.extend(name_from_text(owner))
+        }
         out.extend(rtype.to_be_bytes());
         out.extend(1u16.to_be_bytes());
         out.extend(ttl.to_be_bytes());
@@ -61,7 +73,8 @@ pub fn reply(query: &[u8], udp: bool) -> Option<Vec<u8>> {
         }
     }
     if let Some(zone) = negative {
-        let below = |label: &str| name_from_text(&if zone == "." { format!("{label}.") } else { format!("{label}.{zone}") });
+        let below =
+            |label: &str| name_from_text(&if zone == "." { format!("{label}.") } else { format!("{label}.{zone}") });
         let mut data = [below("ns"), below("h")].concat();
         data.extend([1u32, 2, 3, 4, 60].iter().flat_map(|n| n.to_be_bytes()));
         record(&zone, 6, 60, &data);

@@ -1,7 +1,7 @@
 //! Annotations of load balancers: those that are honoured, and those whose author must be told that nothing will happen.
 
-use k8s_openapi::api::core::v1::Service;
 use ipnet::IpNet;
+use k8s_openapi::api::core::v1::Service;
 
 const PREFIX: &str = "service.beta.kubernetes.io/";
 
@@ -35,14 +35,17 @@ const AWS: &[(&str, Support)] = &[
     ("aws-load-balancer-ssl-negotiation-policy", Not(TLS)),
     ("aws-load-balancer-alpn-policy", Not(TLS)),
     ("aws-load-balancer-backend-protocol", OnlyValue("tcp", TLS)),
+    ("aws-load-balancer-cross-zone-load-balancing-enabled", OnlyValue("true", "targets of all zones are used alike")),
     (
-        "aws-load-balancer-cross-zone-load-balancing-enabled",
-        OnlyValue("true", "targets of all zones are used alike"),
+        "aws-load-balancer-attributes",
+        OnlyValue("load_balancing.cross_zone.enabled=true", "targets of all zones are used alike"),
     ),
-    ("aws-load-balancer-attributes", OnlyValue("load_balancing.cross_zone.enabled=true", "targets of all zones are used alike")),
     (
         "aws-load-balancer-target-group-attributes",
-        OnlyValue("preserve_client_ip.enabled=true", "targets always see the client's address and keep their connections"),
+        OnlyValue(
+            "preserve_client_ip.enabled=true",
+            "targets always see the client's address and keep their connections",
+        ),
     ),
     ("aws-load-balancer-listener-attributes", Not(IDLE)),
     ("aws-load-balancer-proxy-protocol", Not("connections are forwarded as they are, with the client's address")),
@@ -59,8 +62,14 @@ const AWS: &[(&str, Support)] = &[
     ("aws-load-balancer-healthcheck-unhealthy-threshold", Not(CHECKS)),
     ("aws-load-balancer-healthcheck-success-codes", Not(CHECKS)),
     ("aws-load-balancer-connection-idle-timeout", Not(IDLE)),
-    ("aws-load-balancer-connection-draining-enabled", OnlyValue("true", "established connections always stay with their target")),
-    ("aws-load-balancer-connection-draining-timeout", Not("established connections stay with their target until they end")),
+    (
+        "aws-load-balancer-connection-draining-enabled",
+        OnlyValue("true", "established connections always stay with their target"),
+    ),
+    (
+        "aws-load-balancer-connection-draining-timeout",
+        Not("established connections stay with their target until they end"),
+    ),
     ("aws-load-balancer-access-log-enabled", OnlyValue("false", "connections are not logged")),
     ("aws-load-balancer-access-log-s3-bucket-name", Not("connections are not logged")),
     ("aws-load-balancer-access-log-s3-bucket-prefix", Not("connections are not logged")),
@@ -106,12 +115,16 @@ impl Ignored {
 pub fn ignored_annotations(service: &Service) -> Vec<Ignored> {
     let annotations = service.metadata.annotations.iter().flatten();
     annotations
-        .filter_map(|(name, value)| Some(Ignored { name: name.clone(), value: value.clone(), why: why_ignored(name, value)? }))
+        .filter_map(|(name, value)| {
+            Some(Ignored { name: name.clone(), value: value.clone(), why: why_ignored(name, value)? })
+        })
         .collect()
 }
 
 fn why_ignored(name: &str, value: &str) -> Option<String> {
-    let known = |short: &str| AWS.iter().find(|(n, _)| *n == short || short.strip_prefix(n).is_some_and(|r| r.starts_with('.')));
+    let known = |short: &str| {
+        AWS.iter().find(|(n, _)| *n == short || short.strip_prefix(n).is_some_and(|r| r.starts_with('.')))
+    };
     match name.strip_prefix(PREFIX) {
         Some(short) => match known(short) {
             Some((_, Honoured)) => None,
@@ -121,7 +134,9 @@ fn why_ignored(name: &str, value: &str) -> Option<String> {
             None => Some("it belongs to another cloud's load balancer".into()),
         },
         // A common slip: the name without its prefix.
-        None if name.starts_with("aws-load-balancer-") => Some(format!("unknown annotation; did you mean {PREFIX}{name}?")),
+        None if name.starts_with("aws-load-balancer-") => {
+            Some(format!("unknown annotation; did you mean {PREFIX}{name}?"))
+        }
         None => None,
     }
 }
@@ -155,11 +170,13 @@ fn distance(a: &str, b: &str) -> usize {
 pub fn source_ranges(service: &Service) -> Option<Vec<IpNet>> {
     let field = service.spec.as_ref().and_then(|s| s.load_balancer_source_ranges.clone()).filter(|r| !r.is_empty());
     let annotation = || {
-        let value = service.metadata.annotations.as_ref()?.get("service.beta.kubernetes.io/load-balancer-source-ranges")?;
+        let value =
+            service.metadata.annotations.as_ref()?.get("service.beta.kubernetes.io/load-balancer-source-ranges")?;
         Some(value.split(',').map(str::to_string).collect::<Vec<_>>()).filter(|_| !value.trim().is_empty())
     };
     let listed = field.or_else(annotation)?;
-    let mut nets: Vec<IpNet> = listed.iter().filter_map(|r| r.trim().parse::<IpNet>().ok()).map(|n| n.trunc()).collect();
+    let mut nets: Vec<IpNet> =
+        listed.iter().filter_map(|r| r.trim().parse::<IpNet>().ok()).map(|n| n.trunc()).collect();
     nets.sort();
     nets.dedup();
     Some(nets)

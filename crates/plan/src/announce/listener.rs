@@ -99,7 +99,12 @@ pub struct Listener {
 /// Targets are the ready endpoints; if there is none, those that still serve while terminating, so that a rolling update does
 /// not refuse connections (KEP-1669). With node ports as targets and external traffic policy Local, only nodes that have such
 /// an endpoint are targets, as their health checks would have it.
-pub fn listeners(service: &Service, slices: &[&SliceTargets], nodes: &[NodeTarget], addresses: &[IpAddr]) -> Vec<Listener> {
+pub fn listeners(
+    service: &Service,
+    slices: &[&SliceTargets],
+    nodes: &[NodeTarget],
+    addresses: &[IpAddr],
+) -> Vec<Listener> {
     let Some(spec) = &service.spec else { return Vec::new() };
     let allowed = source_ranges(service);
     let local = spec.external_traffic_policy.as_deref() == Some("Local");
@@ -120,9 +125,9 @@ pub fn listeners(service: &Service, slices: &[&SliceTargets], nodes: &[NodeTarge
                 }
                 _ => usable.into_keys().collect(),
             };
-            let allowed = allowed.as_ref().map(|nets| {
-                nets.iter().filter(|n| n.addr().is_ipv6() == address.is_ipv6()).copied().collect()
-            });
+            let allowed = allowed
+                .as_ref()
+                .map(|nets| nets.iter().filter(|n| n.addr().is_ipv6() == address.is_ipv6()).copied().collect());
             listeners.push(Listener {
                 address: *address,
                 protocol,

@@ -7,8 +7,10 @@ fn service(name: &str, spec: Value, annotations: Value) -> Service {
     if spec["ports"].is_null() {
         spec["ports"] = json!([{"port": 80, "nodePort": 30080}]);
     }
-    serde_json::from_value(json!({"metadata": {"namespace": "shop", "name": name, "annotations": annotations}, "spec": spec}))
-        .unwrap()
+    serde_json::from_value(
+        json!({"metadata": {"namespace": "shop", "name": name, "annotations": annotations}, "spec": spec}),
+    )
+    .unwrap()
 }
 
 fn plain(name: &str) -> Service {
@@ -64,7 +66,11 @@ fn requested_addresses() {
         (annotated("nonsense"), "invalid requested loadbalancer IPs: \"nonsense\" is not an IP address"),
         (annotated("fd00::1"), "requested loadBalancer IP(s) \"fd00::1\" does not match the ipFamily of the service"),
         (
-            service("a", json!({"loadBalancerIP": "192.168.70.1"}), json!({"metallb.io/loadBalancerIPs": "192.168.70.1"})),
+            service(
+                "a",
+                json!({"loadBalancerIP": "192.168.70.1"}),
+                json!({"metallb.io/loadBalancerIPs": "192.168.70.1"}),
+            ),
             "service can not have both metallb.io/loadBalancerIPs and svc.Spec.LoadBalancerIP",
         ),
         (service("a", json!({}), json!({"metallb.io/address-pool": "reserved"})), "192.0.2.1"),
@@ -97,17 +103,24 @@ fn sharing_needs_one_key_and_different_ports() {
     };
     assert_eq!(allocate(&mut a, &asking("d", 82, json!({}))), "new service does not allow sharing");
     let other = json!({"metallb.io/allow-shared-ip": "x"});
-    assert_eq!(allocate(&mut a, &asking("d", 82, other)), "sharing key \"x\" does not match existing sharing key \"k\"");
+    assert_eq!(
+        allocate(&mut a, &asking("d", 82, other)),
+        "sharing key \"x\" does not match existing sharing key \"k\""
+    );
     let same = json!({"metallb.io/allow-shared-ip": "k"});
     assert_eq!(allocate(&mut a, &asking("d", 81, same)), "port tcp/81 is already in use on \"192.168.70.1\"");
 }
 
 #[test]
 fn dual_stack_takes_what_there_is_unless_it_is_required() {
-    let dual = |policy: &str| service("a", json!({"ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": policy}), json!({}));
+    let dual =
+        |policy: &str| service("a", json!({"ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": policy}), json!({}));
     let mut a = Allocator::new(pools());
     assert_eq!(allocate(&mut a, &dual("PreferDualStack")), "192.168.70.1");
-    assert_eq!(allocate(&mut a, &dual("RequireDualStack")), "Service requires dual stack but no available IPs of family IPv6");
+    assert_eq!(
+        allocate(&mut a, &dual("RequireDualStack")),
+        "Service requires dual stack but no available IPs of family IPv6"
+    );
     let mut both = pools();
     both[0].networks.push("fd00:70::/126".parse().unwrap());
     assert_eq!(allocate(&mut Allocator::new(both), &dual("RequireDualStack")), "192.168.70.1,fd00:70::");
@@ -121,18 +134,31 @@ fn annotations_without_effect_are_named() {
     };
     assert_eq!(with("service.beta.kubernetes.io/aws-load-balancer-type", "nlb"), "");
     assert_eq!(with("example.com/anything", "x"), "");
-    assert_eq!(with("service.beta.kubernetes.io/aws-load-balancer-target-group-attributes", "preserve_client_ip.enabled=true"), "");
+    assert_eq!(
+        with("service.beta.kubernetes.io/aws-load-balancer-target-group-attributes", "preserve_client_ip.enabled=true"),
+        ""
+    );
     let cert = with("service.beta.kubernetes.io/aws-load-balancer-ssl-cert", "arn:x");
     assert!(cert.starts_with("annotation service.beta.kubernetes.io/aws-load-balancer-ssl-cert=arn:x is not supported by provider \"local\": TLS"), "{cert}");
-    assert!(with("service.beta.kubernetes.io/aws-load-balancer-tipe", "nlb").contains("did you mean service.beta.kubernetes.io/aws-load-balancer-type?"));
-    assert!(with("aws-load-balancer-ssl-ports", "443").contains("did you mean service.beta.kubernetes.io/aws-load-balancer-ssl-ports?"));
+    assert!(
+        with("service.beta.kubernetes.io/aws-load-balancer-tipe", "nlb")
+            .contains("did you mean service.beta.kubernetes.io/aws-load-balancer-type?")
+    );
+    assert!(
+        with("aws-load-balancer-ssl-ports", "443")
+            .contains("did you mean service.beta.kubernetes.io/aws-load-balancer-ssl-ports?")
+    );
     assert!(!with("service.beta.kubernetes.io/azure-load-balancer-internal", "true").is_empty());
 }
 
 fn slice(name: &str, endpoints: Value) -> SliceTargets {
-    slice_targets(&serde_json::from_value(json!({"metadata": {"namespace": "shop", "name": name,
+    slice_targets(
+        &serde_json::from_value(json!({"metadata": {"namespace": "shop", "name": name,
         "labels": {"kubernetes.io/service-name": "a"}}, "addressType": "IPv4",
-        "ports": [{"name": "", "port": 8080, "protocol": "TCP"}], "endpoints": endpoints})).unwrap()).unwrap()
+        "ports": [{"name": "", "port": 8080, "protocol": "TCP"}], "endpoints": endpoints}))
+        .unwrap(),
+    )
+    .unwrap()
 }
 
 #[test]
@@ -143,7 +169,8 @@ fn targets_are_ready_endpoints_then_those_that_still_serve() {
         let found = listeners(&plain("a"), &slices, &[], &[vip]);
         found[0].targets.iter().map(|(a, p)| format!("{a}:{p}")).collect::<Vec<_>>().join(" ")
     };
-    let leaving = json!({"addresses": ["10.0.0.3"], "conditions": {"ready": false, "serving": true, "terminating": true}});
+    let leaving =
+        json!({"addresses": ["10.0.0.3"], "conditions": {"ready": false, "serving": true, "terminating": true}});
     let down = json!({"addresses": ["10.0.0.4"], "conditions": {"ready": false, "serving": false}});
     let ready = json!({"addresses": ["10.0.0.1"]});
     assert_eq!(targets(&[slice("1", json!([ready, leaving, down])), slice("2", json!([ready]))]), "10.0.0.1:8080");
@@ -156,7 +183,8 @@ fn node_ports_are_targets_when_asked_for() {
     let vip: IpAddr = "192.168.70.1".parse().unwrap();
     let instance = json!({"service.beta.kubernetes.io/aws-load-balancer-nlb-target-type": "instance"});
     let nodes: Vec<NodeTarget> = [("n1", "192.168.50.11"), ("n2", "192.168.50.12")]
-        .map(|(name, a)| NodeTarget { name: name.into(), addresses: vec![a.parse().unwrap()] }).into();
+        .map(|(name, a)| NodeTarget { name: name.into(), addresses: vec![a.parse().unwrap()] })
+        .into();
     let slice = slice("1", json!([{"addresses": ["10.0.0.1"], "nodeName": "n2"}]));
     let targets = |spec: Value, annotations: &Value| {
         let found = listeners(&service("a", spec, annotations.clone()), &[&slice], &nodes, &[vip]);
@@ -171,10 +199,14 @@ fn node_ports_are_targets_when_asked_for() {
 #[test]
 fn source_ranges_come_from_the_field_first() {
     let ranges = |spec: Value, annotations: Value| {
-        source_ranges(&service("a", spec, annotations)).map(|r| r.iter().map(IpNet::to_string).collect::<Vec<_>>().join(","))
+        source_ranges(&service("a", spec, annotations))
+            .map(|r| r.iter().map(IpNet::to_string).collect::<Vec<_>>().join(","))
     };
     let annotation = json!({"service.beta.kubernetes.io/load-balancer-source-ranges": "10.0.0.0/8, 192.0.2.1/32"});
     assert_eq!(ranges(json!({}), json!({})), None);
     assert_eq!(ranges(json!({}), annotation.clone()).as_deref(), Some("10.0.0.0/8,192.0.2.1/32"));
-    assert_eq!(ranges(json!({"loadBalancerSourceRanges": ["198.51.100.0/24"]}), annotation).as_deref(), Some("198.51.100.0/24"));
+    assert_eq!(
+        ranges(json!({"loadBalancerSourceRanges": ["198.51.100.0/24"]}), annotation).as_deref(),
+        Some("198.51.100.0/24")
+    );
 }

@@ -107,7 +107,8 @@ impl PublishedBuilder {
         let rules = ingress.spec.as_ref().and_then(|s| s.rules.as_deref()).unwrap_or_default();
         let hosts = rules.iter().filter_map(|r| r.host.as_deref());
         let status = ingress.status.as_ref().and_then(|s| s.load_balancer.as_ref()).and_then(|l| l.ingress.as_deref());
-        let from_status = status.unwrap_or_default().iter().filter_map(|i| target(i.ip.as_deref(), i.hostname.as_deref()));
+        let from_status =
+            status.unwrap_or_default().iter().filter_map(|i| target(i.ip.as_deref(), i.hostname.as_deref()));
         self.replace(id, claims(hosts, meta.annotations.as_ref(), from_status))
     }
 
@@ -119,7 +120,8 @@ impl PublishedBuilder {
             return self.replace(id, Claims::new());
         }
         let status = service.status.as_ref().and_then(|s| s.load_balancer.as_ref()).and_then(|l| l.ingress.as_deref());
-        let from_status = status.unwrap_or_default().iter().filter_map(|i| target(i.ip.as_deref(), i.hostname.as_deref()));
+        let from_status =
+            status.unwrap_or_default().iter().filter_map(|i| target(i.ip.as_deref(), i.hostname.as_deref()));
         self.replace(id, claims(std::iter::empty(), meta.annotations.as_ref(), from_status))
     }
 

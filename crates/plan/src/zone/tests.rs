@@ -32,10 +32,14 @@ fn only_ready_endpoints_are_kept_and_unknown_counts_as_ready() {
     let mut b = ZoneBuilder::new(Options::default());
     b.set_namespace(&namespace("shop"));
     b.set_service(&service("web", json!({"clusterIP": "None"})));
-    let changed = b.set_slice(&slice("web-1", "web", json!([
+    let changed = b.set_slice(&slice(
+        "web-1",
+        "web",
+        json!([
         {"addresses": ["10.0.0.1"], "conditions": {"ready": true}},
         {"addresses": ["10.0.0.2"], "conditions": {"ready": false, "serving": true, "terminating": true}},
-        {"addresses": ["10.0.0.3"]}])));
+        {"addresses": ["10.0.0.3"]}]),
+    ));
     assert!(changed);
     assert_eq!(addresses(b.set(), "web.shop"), ["10.0.0.1", "10.0.0.3"]);
     assert_eq!(b.set().endpoint_owners(ip("10.0.0.2")).count(), 0);
@@ -123,7 +127,9 @@ fn a_terminating_pod_stays_and_is_never_new() {
 
 #[test]
 fn endpoint_labels() {
-    for (address, label) in [("10.244.1.7", "10-244-1-7"), ("fd00::a", "fd00--a"), ("fd00::", "fd00--0"), ("::1", "--1")] {
+    for (address, label) in
+        [("10.244.1.7", "10-244-1-7"), ("fd00::a", "fd00--a"), ("fd00::", "fd00--0"), ("::1", "--1")]
+    {
         let endpoint = Endpoint { address: ip(address), name: None };
         let mut text = String::new();
         endpoint.write_label(&mut text);
@@ -189,8 +195,10 @@ fn incremental_equals_from_scratch() {
                 }
                 5 | 6 => {
                     let endpoints: Vec<Value> = (0..dice.below(4))
-                        .map(|_| json!({"addresses": [format!("10.0.0.{}", dice.below(5))],
-                            "conditions": {"ready": dice.below(4) > 0}, "targetRef": {"name": "p"}}))
+                        .map(|_| {
+                            json!({"addresses": [format!("10.0.0.{}", dice.below(5))],
+                            "conditions": {"ready": dice.below(4) > 0}, "targetRef": {"name": "p"}})
+                        })
                         .collect();
                     let mut s = slice(&name, &format!("n{}", dice.below(3)), endpoints.into());
                     s.metadata.namespace = Some(ns.into());
