@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 
 use crate::schema::{DocumentType, Types};
 use crate::status::Status;
-use crate::strict::{Node, Style, fit, parse_json, parse_yaml, with_type_meta};
+use crate::strict::{Node, Style, empty, fit, parse_json, parse_yaml, with_type_meta};
 use fieldset::Set;
 use typed::Atom;
 
@@ -115,7 +115,7 @@ pub fn apply(
         )));
     }
     if live.is_some() && managed.entries.is_empty() {
-        let before = Manager { name: BEFORE_FIRST_APPLY, subresource: None, now: manager.now };
+        let before = Manager { name: BEFORE_FIRST_APPLY, ..manager };
         view.record_update(&mut managed, &empty(ty), &live_value, before);
     }
     let outcome = match view.apply(&live_value, &applied, &managed, manager, force) {
@@ -142,8 +142,8 @@ pub fn apply(
     Ok(value)
 }
 
-/// Records in `new`'s managedFields what a write other than apply changed. Call it after defaulting and admission,
-/// before the comparison that finds no-op writes.
+/// Records in `new`'s managedFields what a write other than apply changed. Call it after decoding and defaulting: what
+/// admission adds later belongs to nobody, as in the reference implementation.
 ///
 /// On the main resource the managedFields that `new` brings along count if they are well formed; an empty list, or a list
 /// with one empty entry, ends the tracking of the object. `old` is `None` on create.
@@ -207,11 +207,6 @@ fn identity(ty: &DocumentType, value: &Value) -> String {
         text("/metadata/name"),
         type_text(ty.group(), ty.version(), ty.kind())
     )
-}
-
-/// The object before it exists, in typed form.
-fn empty(ty: &DocumentType) -> Value {
-    with_type_meta(ty, fit(ty, Node::Null, Style::Json).value)
 }
 
 fn without_managed_fields(value: &Value) -> Value {

@@ -547,6 +547,7 @@ fn job_spec(spec: &mut Object) {
         set_pointer(spec, "backoffLimit", if per_index { i32::MAX } else { 6 });
     }
     set_pointer(spec, "completionMode", "NonIndexed");
+    set_pointer(spec, "manualSelector", false);
     set_pointer(spec, "suspend", false);
     let failed = spec.get("podFailurePolicy").is_some_and(|policy| !policy.is_null());
     set_pointer(spec, "podReplacementPolicy", if failed { "Failed" } else { "TerminatingOrFailed" });
@@ -616,8 +617,8 @@ fn autoscaler_spec(spec: &mut Object) {
 fn crd_spec(spec: &mut Object) {
     with(spec, "names", |names| {
         let kind = text(names, "kind").to_owned();
-        set(names, "singular", kind.to_lowercase());
         if !kind.is_empty() {
+            set(names, "singular", kind.to_lowercase());
             set(names, "listKind", format!("{kind}List"));
         }
     });

@@ -100,6 +100,12 @@ impl DocumentType {
         self.types.get(self.root).custom
     }
 
+    /// The document with nothing set, in typed form: what decoding an empty body gives. For built-in kinds it holds the
+    /// fields that are always written, such as `status: {"replicas": 0}` of a ReplicaSet.
+    pub fn empty(&self) -> Value {
+        crate::strict::empty(self)
+    }
+
     pub(crate) fn types(&self) -> &Types {
         &self.types
     }

@@ -2,6 +2,8 @@
 //!
 //! Texts of errors and warnings are those of the reference implementation, because people and tests read them.
 
+#[cfg(test)]
+mod hostile;
 mod scalars;
 mod tree;
 mod typed;
@@ -139,6 +141,11 @@ pub(crate) fn yaml_complaint(duplicates: &[String]) -> Option<String> {
 /// 422 about a patched object that does not fit, with what the patch made as the value.
 pub(crate) fn patch_invalid(value: &str, error: &str) -> Status {
     Status::invalid_kind("", "", "", &[FieldError::invalid("patch", value, error)])
+}
+
+/// The document with nothing set, in typed form.
+pub(crate) fn empty(ty: &DocumentType) -> Value {
+    with_type_meta(ty, fit(ty, Node::Null, Style::Json).value)
 }
 
 pub(crate) fn with_type_meta(ty: &DocumentType, mut value: Value) -> Value {

@@ -136,7 +136,7 @@ impl Pipeline {
         }
         value["metadata"]["creationTimestamp"] = json!("2024-01-01T00:00:00Z");
         if ty.root().field("status").is_some() && ty.kind() != "Node" {
-            value["status"] = super::empty(ty)["status"].clone();
+            value["status"] = ty.empty()["status"].clone();
         }
     }
 }

@@ -68,8 +68,8 @@ pub(super) fn parse(text: &'static str) -> Types {
     for draft in &drafts {
         let mut fields = Vec::with_capacity(draft.lines.len() + 2);
         if types.structs[draft.id].document {
-            fields.push(plain("kind"));
-            fields.push(plain("apiVersion"));
+            fields.push(Field { omit_empty: true, ..plain("kind") });
+            fields.push(Field { omit_empty: true, ..plain("apiVersion") });
         }
         for line in &draft.lines {
             let mut columns = line.split('\t');
@@ -124,7 +124,7 @@ fn plain(name: &'static str) -> Field {
         name: name.into(),
         ty: Type::String { go: None, values: Vec::new() },
         number: 0,
-        omit_empty: name == "kind" || name == "apiVersion",
+        omit_empty: false,
         omit_zero: false,
         required: false,
         nullable: false,
