@@ -1,12 +1,13 @@
 //! An API server in memory with controllers, without nodes, for replaying recorded conversations and trying things out.
 //!
 //! ```text
-//! cluster [--listen ADDRESS] [--service-cidr RANGE]... [--controllers NAME,... | --without NAME,...] [--kubeconfig FILE]
+//! cluster [--listen ADDRESS] [--service-cidr RANGE]... [--controllers NAME,... | --without NAME,...]
+//!         [--disable-admission-plugins A,B] [--kubeconfig FILE]
 //! ```
 //!
 //! It prints its URL and the administrator's token (always `golden`) on one line each, then serves until it is ended. The
 //! recorded conversations want it `--without scheduler,node-lifecycle-controller,pod-garbage-collector-controller`, because their
-//! nodes and pods are bare objects.
+//! nodes and pods are bare objects; those of workloads also want the admission plugin ServiceAccount off.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -38,6 +39,9 @@ async fn main() -> anyhow::Result<()> {
             "--without" => {
                 let without = controllers(&value()?)?;
                 config.enabled.retain(|c| !without.contains(c));
+            }
+            "--disable-admission-plugins" => {
+                server_config.disable_admission_plugins = value()?.split(',').map(str::to_owned).collect();
             }
             "--kubeconfig" => kubeconfig = Some(value()?),
             _ => anyhow::bail!("unknown argument {argument}"),

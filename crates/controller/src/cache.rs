@@ -16,8 +16,8 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::serde::de::DeserializeOwned;
-use kube::runtime::watcher::{self, Event, watcher};
 use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -29,6 +29,17 @@ impl<K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + S
 
 /// Called with the object before and after a change; one of them is absent when it is new or gone.
 type Handler<K> = Box<dyn Fn(Option<&Arc<K>>, Option<&Arc<K>>) + Send + Sync>;
+
+/// Where a cache has an object from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// The answer to a write of this process.
+    Own,
+    /// A watch event.
+    Watch,
+    /// A complete list.
+    List,
+}
 
 struct Entry<K> {
     object: Arc<K>,
@@ -117,12 +128,12 @@ impl<K: Cached> Informer<K> {
 
     /// Enters the answer to a write of this process. Readers and handlers see it at once.
     pub fn wrote(&self, object: K) {
-        self.enter(object, true, true);
+        self.enter(object, Source::Own, true);
     }
 
     /// As [`Informer::wrote`], but without telling handlers: for kinds whose only interested controller is the writer.
     pub fn wrote_quietly(&self, object: K) {
-        self.enter(object, true, false);
+        self.enter(object, Source::Own, false);
     }
 
     /// Notes that this process has seen the object deleted.
@@ -148,11 +159,7 @@ impl<K: Cached> Informer<K> {
         }
     }
 
-    fn store(&self, object: K, own: bool) {
-        self.enter(object, own, true);
-    }
-
-    fn enter(&self, mut object: K, own: bool, tell: bool) {
+    fn enter(&self, mut object: K, source: Source, tell: bool) {
         object.meta_mut().managed_fields = None;
         let (namespace, name) = key(&object);
         let version = version(&object);
@@ -164,14 +171,23 @@ impl<K: Cached> Informer<K> {
                 return;
             }
             let epoch = state.epoch;
-            let entry = Entry { object: object.clone(), version, unconfirmed: own.then_some(epoch) };
+            let unconfirmed = (source == Source::Own).then_some(epoch);
+            let entry = Entry { object: object.clone(), version, unconfirmed };
             let objects = state.namespaces.entry(namespace).or_default();
             match objects.get_mut(&name) {
-                Some(known) if known.version != 0 && version != 0 && version <= known.version => {
-                    // Already here, or older than our own write.
-                    if !own && version == known.version {
+                Some(known) if version != 0 && version == known.version => {
+                    if source != Source::Own {
                         known.unconfirmed = None;
                     }
+                    return;
+                }
+                // Older than what is here. A list may go back in time (a store restored from a backup), but not behind what this
+                // process has written since the list was asked for.
+                Some(known)
+                    if version != 0
+                        && version < known.version
+                        && (source != Source::List || known.unconfirmed == Some(epoch)) =>
+                {
                     return;
                 }
                 Some(known) => Some(std::mem::replace(known, entry).object),
@@ -229,7 +245,7 @@ impl<K: Cached> Informer<K> {
             self.remove(&object);
         }
         for object in objects {
-            self.store(object, false);
+            self.enter(object, Source::List, true);
         }
         self.0.synced.send_replace(true);
     }
@@ -265,10 +281,14 @@ impl<K: Cached> Informer<K> {
                     listing.push(object);
                 }
                 Some(Ok(Event::InitDone)) => self.replace(std::mem::take(&mut listing)),
-                Some(Ok(Event::Apply(object))) => self.store(object, false),
+                Some(Ok(Event::Apply(object))) => self.enter(object, Source::Watch, true),
                 Some(Ok(Event::Delete(object))) => self.remove(&object),
                 Some(Err(error)) => {
-                    tracing::warn!(kind = K::kind(&()).as_ref(), error = &error as &dyn std::error::Error, "watch interrupted");
+                    tracing::warn!(
+                        kind = K::kind(&()).as_ref(),
+                        error = &error as &dyn std::error::Error,
+                        "watch interrupted"
+                    );
                 }
             }
         }
@@ -336,8 +356,19 @@ impl Caches {
             ($($field:ident),*) => { $(start!($field, Api::all(client.clone()), watcher::Config::default());)* };
         }
         start!(
-            pods, services, slices, endpoints, nodes, namespaces, service_accounts, deployments, replica_sets, stateful_sets,
-            daemon_sets, jobs, revisions
+            pods,
+            services,
+            slices,
+            endpoints,
+            nodes,
+            namespaces,
+            service_accounts,
+            deployments,
+            replica_sets,
+            stateful_sets,
+            daemon_sets,
+            jobs,
+            revisions
         );
         let only_root_cas = watcher::Config::default().fields(&format!("metadata.name={ROOT_CA}"));
         start!(root_cas, Api::all(client.clone()), only_root_cas);
@@ -374,23 +405,23 @@ mod tests {
     #[test]
     fn an_old_event_does_not_undo_a_write() {
         let cache = Informer::<ConfigMap>::new();
-        cache.store(map("a", "u", "5"), false);
+        cache.enter(map("a", "u", "5"), Source::Watch, true);
         cache.wrote(map("a", "u", "9"));
-        cache.store(map("a", "u", "7"), false);
+        cache.enter(map("a", "u", "7"), Source::Watch, true);
         assert_eq!(seen(&cache), ["9"]);
-        cache.store(map("a", "u", "10"), false);
+        cache.enter(map("a", "u", "10"), Source::Watch, true);
         assert_eq!(seen(&cache), ["10"], "versions compare as numbers");
     }
 
     #[test]
     fn a_deleted_object_does_not_come_back_with_a_late_event() {
         let cache = Informer::<ConfigMap>::new();
-        cache.store(map("a", "u", "5"), false);
+        cache.enter(map("a", "u", "5"), Source::Watch, true);
         cache.deleted(&map("a", "u", "5"));
-        cache.store(map("a", "u", "6"), false);
+        cache.enter(map("a", "u", "6"), Source::Watch, true);
         assert!(seen(&cache).is_empty());
         cache.remove(&map("a", "u", "7"));
-        cache.store(map("a", "v", "8"), false);
+        cache.enter(map("a", "v", "8"), Source::Watch, true);
         assert_eq!(seen(&cache), ["8"], "another object of the same name may come");
     }
 
@@ -405,14 +436,23 @@ mod tests {
     }
 
     #[test]
+    fn a_list_may_go_back_in_time() {
+        let cache = Informer::<ConfigMap>::new();
+        cache.enter(map("a", "u", "90"), Source::Watch, true);
+        cache.0.state.write().unwrap().epoch += 1;
+        cache.replace(vec![map("a", "u", "7")]);
+        assert_eq!(seen(&cache), ["7"]);
+    }
+
+    #[test]
     fn handlers_see_a_recreated_object_as_two_changes() {
         let cache = Informer::<ConfigMap>::new();
         let changes = Arc::new(Mutex::new(Vec::new()));
         let log = changes.clone();
         cache.on_change(move |old, new| log.lock().unwrap().push((old.is_some(), new.is_some())));
-        cache.store(map("a", "u", "1"), false);
-        cache.store(map("a", "v", "2"), false);
-        cache.store(map("a", "v", "2"), false);
+        cache.enter(map("a", "u", "1"), Source::Watch, true);
+        cache.enter(map("a", "v", "2"), Source::Watch, true);
+        cache.enter(map("a", "v", "2"), Source::Watch, true);
         assert_eq!(*changes.lock().unwrap(), [(false, true), (true, false), (false, true)]);
     }
 }

@@ -23,7 +23,10 @@ use crate::pods;
 use crate::queue::{Key, Next, Queue};
 use crate::replicaset::{adopt, release};
 use crate::selector;
-use crate::util::{already_exists, controller_of, controller_reference, is_controlled_by, is_namespace_terminating, is_not_found, message, reference};
+use crate::util::{
+    already_exists, controller_of, controller_reference, is_controlled_by, is_namespace_terminating, is_not_found,
+    message, reference,
+};
 
 const WORKERS: usize = 5;
 
@@ -78,7 +81,8 @@ fn strategy(deployment: &Deployment) -> Strategy {
     }
     let rolling = strategy.rolling_update.unwrap_or_default();
     let default = || IntOrString::String("25%".into());
-    let resolve = |value: Option<IntOrString>, up| pods::resolve_int_or_percent(&value.unwrap_or_else(default), replicas, up);
+    let resolve =
+        |value: Option<IntOrString>, up| pods::resolve_int_or_percent(&value.unwrap_or_else(default), replicas, up);
     let surge = resolve(rolling.max_surge, true).unwrap_or(0);
     let mut unavailable = resolve(rolling.max_unavailable, false).unwrap_or(0);
     // Percentages may both come to nothing; then one pod may be missing, or the rollout could not move.
@@ -174,18 +178,11 @@ pub fn plan(deployment: &Deployment, sets: &[Arc<ReplicaSet>], pods: &[Arc<Pod>]
     let spec = deployment.spec.clone().unwrap_or_default();
     let mut sets: Vec<Draft> = sets.iter().map(|s| Draft { original: s.clone(), set: ReplicaSet::clone(s) }).collect();
     sets.sort_by(|a, b| created(&a.set.metadata).cmp(&created(&b.set.metadata)));
-    let new = sets.iter().position(|d| {
-        same_template(d.set.spec.as_ref().and_then(|s| s.template.as_ref()), Some(&spec.template))
-    });
-    let mut step = Step {
-        deployment,
-        strategy: strategy(deployment),
-        sets,
-        new,
-        plan: Plan::default(),
-        now,
-        progressing: None,
-    };
+    let new = sets
+        .iter()
+        .position(|d| same_template(d.set.spec.as_ref().and_then(|s| s.template.as_ref()), Some(&spec.template)));
+    let mut step =
+        Step { deployment, strategy: strategy(deployment), sets, new, plan: Plan::default(), now, progressing: None };
     if deployment.metadata.deletion_timestamp.is_some() {
         step.sync_status(false);
         return step.finish();
@@ -309,7 +306,8 @@ impl Step<'_> {
                 if before < oldest + 1 {
                     if before > 0 {
                         let history = draft.annotation(REVISION_HISTORY).unwrap_or_default();
-                        let mut numbers: Vec<String> = history.split(',').filter(|n| !n.is_empty()).map(str::to_string).collect();
+                        let mut numbers: Vec<String> =
+                            history.split(',').filter(|n| !n.is_empty()).map(str::to_string).collect();
                         numbers.push(before.to_string());
                         while numbers.join(",").len() > HISTORY_LENGTH {
                             numbers.remove(0);
@@ -459,7 +457,8 @@ impl Step<'_> {
         if changed {
             return self.sync_status(true);
         }
-        let old_uids: Vec<&str> = self.olds().into_iter().filter_map(|i| self.sets[i].original.metadata.uid.as_deref()).collect();
+        let old_uids: Vec<&str> =
+            self.olds().into_iter().filter_map(|i| self.sets[i].original.metadata.uid.as_deref()).collect();
         let counted = self.olds().into_iter().any(|i| self.sets[i].set.status.as_ref().is_some_and(|s| s.replicas > 0));
         // Old pods that are still terminating hold the new ones back.
         let running = pods
@@ -640,7 +639,12 @@ impl Step<'_> {
         }
     }
 
-    fn judge_progress(&mut self, old: &DeploymentStatus, new: &DeploymentStatus, conditions: &mut Vec<DeploymentCondition>) {
+    fn judge_progress(
+        &mut self,
+        old: &DeploymentStatus,
+        new: &DeploymentStatus,
+        conditions: &mut Vec<DeploymentCondition>,
+    ) {
         let Some(deadline) = self.deadline() else {
             conditions.retain(|c| c.type_ != "Progressing");
             return;

@@ -36,11 +36,14 @@ impl Kind {
     }
 }
 
+/// Kinds and when they were read.
+type Answer = (Instant, Arc<Vec<Kind>>);
+
 /// Asks the API server for its kinds, at most once per [`FRESH`].
 #[derive(Clone)]
 pub(crate) struct Kinds {
     client: Client,
-    cached: Arc<Mutex<Option<(Instant, Arc<Vec<Kind>>)>>>,
+    cached: Arc<Mutex<Option<Answer>>>,
 }
 
 /// How long an answer is reused; many namespaces may be deleted at once.

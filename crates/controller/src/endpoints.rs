@@ -10,7 +10,9 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Api;
 use kube::api::{DeleteParams, PostParams, Preconditions};
 use portolan_client::{EventRecorder, EventType};
-use portolan_plan::slices::{self, Changes, Family, NodeFacts, PodFacts, Topology, TriggerTimes, endpoints as legacy, mirror};
+use portolan_plan::slices::{
+    self, Changes, Family, NodeFacts, PodFacts, Topology, TriggerTimes, endpoints as legacy, mirror,
+};
 
 use crate::Context;
 use crate::cache::Caches;
@@ -68,7 +70,8 @@ impl Shared {
         }
         let Some(namespace) = old.or(new).and_then(|p| p.metadata.namespace.clone()) else { return };
         for service in self.caches().services.list(&namespace) {
-            let hit = |pod: Option<&Arc<Pod>>| pod.is_some_and(|p| slices::selects(&service, p.metadata.labels.as_ref()));
+            let hit =
+                |pod: Option<&Arc<Pod>>| pod.is_some_and(|p| slices::selects(&service, p.metadata.labels.as_ref()));
             if hit(old) || hit(new) {
                 self.enqueue(Key::of(&*service));
             }
@@ -188,15 +191,27 @@ async fn run(shared: Arc<Shared>) {
     let stop = || context.shutdown.clone();
     let slices = {
         let (shared, events) = (shared.clone(), slice_events);
-        shared.clone().slice_queue.clone().run_workers(stop(), move |key| sync_slices(shared.clone(), events.clone(), key))
+        shared
+            .clone()
+            .slice_queue
+            .clone()
+            .run_workers(stop(), move |key| sync_slices(shared.clone(), events.clone(), key))
     };
     let legacy = {
         let (shared, events) = (shared.clone(), legacy_events);
-        shared.clone().legacy_queue.clone().run_workers(stop(), move |key| sync_legacy(shared.clone(), events.clone(), key))
+        shared
+            .clone()
+            .legacy_queue
+            .clone()
+            .run_workers(stop(), move |key| sync_legacy(shared.clone(), events.clone(), key))
     };
     let mirror = {
         let (shared, events) = (shared.clone(), mirror_events);
-        shared.clone().mirror_queue.clone().run_workers(stop(), move |key| sync_mirror(shared.clone(), events.clone(), key))
+        shared
+            .clone()
+            .mirror_queue
+            .clone()
+            .run_workers(stop(), move |key| sync_mirror(shared.clone(), events.clone(), key))
     };
     tokio::join!(slices, legacy, mirror);
 }
@@ -227,7 +242,8 @@ fn observe(
     service: &Service,
     pods: &[Arc<Pod>],
 ) -> Option<String> {
-    let selected: Vec<&Arc<Pod>> = pods.iter().filter(|p| slices::selects(service, p.metadata.labels.as_ref())).collect();
+    let selected: Vec<&Arc<Pod>> =
+        pods.iter().filter(|p| slices::selects(service, p.metadata.labels.as_ref())).collect();
     let mut triggers = triggers.lock().expect(POISONED);
     triggers.entry(key.clone()).or_default().observe(service, &selected).map(|at| at.to_string())
 }
@@ -284,7 +300,12 @@ async fn sync_slices(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
     }
     if let Err(error) = apply(&shared, &key, changes).await {
         if !is_conflict(&error) && !is_not_found(&error) {
-            let text = format!("Error updating Endpoint Slices for Service {}/{}: {}", key.namespace, key.name, message(&error));
+            let text = format!(
+                "Error updating Endpoint Slices for Service {}/{}: {}",
+                key.namespace,
+                key.name,
+                message(&error)
+            );
             events.event(&reference(&*service), EventType::Warning, "FailedToUpdateEndpointSlices", text);
         }
         return Err(error).context("cannot write endpoint slices");
@@ -307,7 +328,8 @@ async fn apply(shared: &Shared, key: &Key, changes: Changes) -> Result<(), kube:
         }
     }
     for slice in changes.update {
-        let written = api.replace(slice.metadata.name.as_deref().unwrap_or_default(), &PostParams::default(), &slice).await;
+        let written =
+            api.replace(slice.metadata.name.as_deref().unwrap_or_default(), &PostParams::default(), &slice).await;
         match written {
             Ok(written) => cache.wrote_quietly(written),
             Err(error) => {
@@ -373,7 +395,12 @@ async fn sync_legacy(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
                     None => ("FailedToCreateEndpoint", "create"),
                     Some(_) => ("FailedToUpdateEndpoint", "update"),
                 };
-                let text = format!("Failed to {verb} endpoint for service {}/{}: {}", key.namespace, key.name, message(&error));
+                let text = format!(
+                    "Failed to {verb} endpoint for service {}/{}: {}",
+                    key.namespace,
+                    key.name,
+                    message(&error)
+                );
                 events.event(&reference(&wanted), EventType::Warning, reason, text);
             }
             return Err(error).context("cannot write endpoints");

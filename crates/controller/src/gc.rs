@@ -133,7 +133,8 @@ impl Graph {
         }
         let owners_changed = old.as_ref().is_none_or(|o| o.owners != object.owners);
         let doubtful = object.owners.iter().any(|r| self.objects.get(&r.uid).is_none_or(Object::awaits_dependents));
-        let newly_deleting = object.deleting && old.as_ref().is_none_or(|o| !o.deleting || o.finalizers != object.finalizers);
+        let newly_deleting =
+            object.deleting && old.as_ref().is_none_or(|o| !o.deleting || o.finalizers != object.finalizers);
         if owners_changed && !object.owners.is_empty() && doubtful || newly_deleting {
             visit.push(uid.clone());
         }
@@ -142,9 +143,13 @@ impl Graph {
         }
         if owners_changed {
             // blockOwnerDeletion may have been withdrawn.
-            visit.extend(object.owners.iter().map(|r| r.uid.clone()).filter(|o| {
-                self.objects.get(o).is_some_and(Object::awaits_dependents)
-            }));
+            visit.extend(
+                object
+                    .owners
+                    .iter()
+                    .map(|r| r.uid.clone())
+                    .filter(|o| self.objects.get(o).is_some_and(Object::awaits_dependents)),
+            );
         }
         visit
     }
@@ -186,7 +191,8 @@ impl Graph {
     /// Objects whose owners are not all in the graph.
     pub fn doubtful(&self) -> Vec<String> {
         let doubtful = |o: &Object| {
-            o.deleting && (o.has(FOREGROUND) || o.has(ORPHAN)) || o.owners.iter().any(|r| !self.objects.contains_key(&r.uid))
+            o.deleting && (o.has(FOREGROUND) || o.has(ORPHAN))
+                || o.owners.iter().any(|r| !self.objects.contains_key(&r.uid))
         };
         self.objects.iter().filter(|(_, o)| doubtful(o)).map(|(uid, _)| uid.clone()).collect()
     }
@@ -204,7 +210,8 @@ impl Graph {
                 return Decision::OrphanDependents(self.dependents_of(uid));
             }
             if object.has(FOREGROUND) {
-                let blocking: Vec<String> = self.dependents_of(uid).into_iter().filter(|d| self.blocks(d, uid)).collect();
+                let blocking: Vec<String> =
+                    self.dependents_of(uid).into_iter().filter(|d| self.blocks(d, uid)).collect();
                 return match blocking.is_empty() {
                     true => Decision::DropFinalizer(FOREGROUND),
                     false => Decision::Visit(blocking),
@@ -239,7 +246,8 @@ impl Graph {
             return if dangling.is_empty() { Decision::Keep } else { Decision::Unreference(dangling) };
         }
         if !waiting.is_empty() && !self.dependents_of(uid).is_empty() {
-            let cycle = self.dependents_of(uid).iter().any(|d| self.objects.get(d).is_some_and(Object::awaits_dependents));
+            let cycle =
+                self.dependents_of(uid).iter().any(|d| self.objects.get(d).is_some_and(Object::awaits_dependents));
             return if cycle { Decision::UnblockAndDelete } else { Decision::Delete(PropagationPolicy::Foreground) };
         }
         // The object's own finalizers remember how its deletion was to go.
@@ -254,9 +262,9 @@ impl Graph {
 
     /// Whether `dependent` keeps the foreground deletion of `owner` waiting.
     fn blocks(&self, dependent: &str, owner: &str) -> bool {
-        self.objects.get(dependent).is_some_and(|o| {
-            o.owners.iter().any(|r| r.uid == owner && r.block_owner_deletion == Some(true))
-        })
+        self.objects
+            .get(dependent)
+            .is_some_and(|o| o.owners.iter().any(|r| r.uid == owner && r.block_owner_deletion == Some(true)))
     }
 }
 
@@ -288,37 +296,35 @@ fn is_ignored(resource: &ApiResource) -> bool {
     resource.kind == "Event" && matches!(resource.group.as_str(), "" | "events.k8s.io")
 }
 
-/// Returns the future that works.
-pub(crate) fn start(context: Context, kinds: Kinds) -> impl Future<Output = ()> + Send + 'static {
-    async move {
-        let events = context.recorder("garbage-collector-controller");
-        let shared = Arc::new(Shared {
-            context: context.clone(),
-            kinds,
-            graph: Mutex::default(),
-            queue: Queue::new("garbage-collector"),
-            watched: Mutex::default(),
-            rediscover: Notify::new(),
-            events,
-        });
-        // Nothing is judged before everything has been seen once: an owner must not be missed because its kind came late.
-        let mut pause = Duration::from_millis(50);
-        while let Err(error) = refresh(&shared).await {
-            tracing::warn!("cannot find out the kinds to collect: {error:#}");
-            tokio::select! {
-                () = context.shutdown.cancelled() => return,
-                () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_secs(10)),
-            }
+/// Works until the process stops.
+pub(crate) async fn start(context: Context, kinds: Kinds) {
+    let events = context.recorder("garbage-collector-controller");
+    let shared = Arc::new(Shared {
+        context: context.clone(),
+        kinds,
+        graph: Mutex::default(),
+        queue: Queue::new("garbage-collector"),
+        watched: Mutex::default(),
+        rediscover: Notify::new(),
+        events,
+    });
+    // Nothing is judged before everything has been seen once: an owner must not be missed because its kind came late.
+    let mut pause = Duration::from_millis(50);
+    while let Err(error) = refresh(&shared).await {
+        tracing::warn!("cannot find out the kinds to collect: {error:#}");
+        tokio::select! {
+            () = context.shutdown.cancelled() => return,
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_secs(10)),
         }
-        let queue = shared.queue.clone();
-        let doubtful = shared.graph.lock().expect(POISONED).doubtful();
-        for uid in doubtful {
-            queue.add(uid);
-        }
-        let follow = follow_discovery(shared.clone());
-        let work = queue.work(WORKERS, context.shutdown.clone(), move |uid| process(shared.clone(), uid));
-        tokio::join!(follow, work);
     }
+    let queue = shared.queue.clone();
+    let doubtful = shared.graph.lock().expect(POISONED).doubtful();
+    for uid in doubtful {
+        queue.add(uid);
+    }
+    let follow = follow_discovery(shared.clone());
+    let work = queue.work(WORKERS, context.shutdown.clone(), move |uid| process(shared.clone(), uid));
+    tokio::join!(follow, work);
 }
 
 /// Reads the kinds again whenever a CustomResourceDefinition changes. Their kinds appear a moment after the object does, so it is
@@ -444,7 +450,7 @@ async fn observe(shared: Arc<Shared>, id: KindId, kind: Kind, stop: Cancellation
                 tracing::debug!(kind = &*id, %error, "watch interrupted");
                 // A kind that cannot be listed must not hold up the others for ever.
                 if let watcher::Error::InitialListFailed(kube::Error::Api(status)) = &error
-                    && matches!(status.code, 403 | 404 | 405)
+                    && matches!(status.code, 403..=405)
                 {
                     synced.send_replace(true);
                 }
@@ -544,7 +550,8 @@ impl Shared {
             Err(error) if is_conflict(&error) => {
                 // It has changed; what is in the graph is old, or another object has its name.
                 let live = self.api(&kind, &object.namespace).get_metadata_opt(&object.name).await?;
-                let fresh = live.and_then(|o| Object::of(object.kind.clone(), o.metadata)).filter(|(live, _)| live == uid);
+                let fresh =
+                    live.and_then(|o| Object::of(object.kind.clone(), o.metadata)).filter(|(live, _)| live == uid);
                 let mut graph = self.graph.lock().expect(POISONED);
                 let visits = match fresh {
                     Some((uid, object)) => graph.put(uid, object),
@@ -577,7 +584,12 @@ impl Shared {
                 };
                 let text = format!(
                     "ownerRef [{}/{}, namespace: {}, name: {}, uid: {}] does not exist in namespace \"{}\"",
-                    reference.api_version, reference.kind, object.namespace, reference.name, reference.uid, object.namespace
+                    reference.api_version,
+                    reference.kind,
+                    object.namespace,
+                    reference.name,
+                    reference.uid,
+                    object.namespace
                 );
                 self.events.event(&about, EventType::Warning, "OwnerRefInvalidNamespace", text);
             }
@@ -722,19 +734,15 @@ mod tests {
 
     #[test]
     fn orphaning_takes_the_reference_from_dependents() {
-        let graph = graph(&[
-            ("o", object("ns", &[], &[ORPHAN], true)),
-            ("d", object("ns", &[owner("o", false)], &[], false)),
-        ]);
+        let graph =
+            graph(&[("o", object("ns", &[], &[ORPHAN], true)), ("d", object("ns", &[owner("o", false)], &[], false))]);
         assert_eq!(graph.decide("o", &HashMap::new()), Decision::OrphanDependents(vec!["d".into()]));
     }
 
     #[test]
     fn an_owner_in_another_namespace_counts_as_absent() {
-        let graph = graph(&[
-            ("o", object("other", &[], &[], false)),
-            ("d", object("ns", &[owner("o", false)], &[], false)),
-        ]);
+        let graph =
+            graph(&[("o", object("other", &[], &[], false)), ("d", object("ns", &[owner("o", false)], &[], false))]);
         assert_eq!(graph.decide("d", &HashMap::new()), Decision::Delete(PropagationPolicy::Background));
         let cluster = graph_with_cluster_owner();
         assert_eq!(cluster.decide("d", &HashMap::new()), Decision::Keep);

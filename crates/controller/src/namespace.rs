@@ -56,7 +56,13 @@ pub fn conditions(remains: &Remains, old: &[NamespaceCondition], now: Timestamp)
             "NamespaceDeletionDiscoveryFailure",
             trouble(
                 remains.discovery_error.is_some(),
-                ("DiscoveryFailed", format!("Discovery failed for some groups: {}", remains.discovery_error.as_deref().unwrap_or_default())),
+                (
+                    "DiscoveryFailed",
+                    format!(
+                        "Discovery failed for some groups: {}",
+                        remains.discovery_error.as_deref().unwrap_or_default()
+                    ),
+                ),
                 ("ResourcesDiscovered", "All resources successfully discovered"),
             ),
         ),
@@ -70,7 +76,11 @@ pub fn conditions(remains: &Remains, old: &[NamespaceCondition], now: Timestamp)
                 !remains.content_errors.is_empty(),
                 (
                     "ContentDeletionFailed",
-                    format!("Failed to delete all resource types, {} remaining: {}", remains.content_errors.len(), remains.content_errors.join(", ")),
+                    format!(
+                        "Failed to delete all resource types, {} remaining: {}",
+                        remains.content_errors.len(),
+                        remains.content_errors.join(", ")
+                    ),
                 ),
                 ("ContentDeleted", "All content successfully deleted, may be waiting on finalization"),
             ),
@@ -178,7 +188,9 @@ async fn sync(
                             *remains.finalizers.entry(finalizer).or_default() += 1;
                         }
                     }
-                    Err(error) => remains.content_errors.push(format!("unexpected error for {label}: {}", message(&error))),
+                    Err(error) => {
+                        remains.content_errors.push(format!("unexpected error for {label}: {}", message(&error)))
+                    }
                 }
             }
         }
@@ -250,7 +262,8 @@ async fn empty(context: &Context, kind: &Kind, namespace: &str) -> Result<Left, 
             api.delete_collection(&DeleteParams::background(), &ListParams::default()).await?;
         } else {
             for object in objects.iter().filter(|o| o.metadata.deletion_timestamp.is_none()) {
-                match api.delete(object.metadata.name.as_deref().unwrap_or_default(), &DeleteParams::background()).await {
+                match api.delete(object.metadata.name.as_deref().unwrap_or_default(), &DeleteParams::background()).await
+                {
                     Ok(_) => {}
                     Err(error) if is_not_found(&error) => {}
                     Err(error) => return Err(error),
@@ -279,7 +292,10 @@ mod tests {
         let of = |all: &[NamespaceCondition], kind: &str| all.iter().find(|c| c.type_ == kind).unwrap().clone();
         let remaining = of(&held, "NamespaceContentRemaining");
         assert_eq!(remaining.status, "True");
-        assert_eq!(remaining.message.as_deref(), Some("Some resources are remaining: configmaps. has 1 resource instances"));
+        assert_eq!(
+            remaining.message.as_deref(),
+            Some("Some resources are remaining: configmaps. has 1 resource instances")
+        );
         assert_eq!(
             of(&held, "NamespaceFinalizersRemaining").message.as_deref(),
             Some("Some content in the namespace has finalizers remaining: example.com/hold in 1 resource instances")

@@ -105,12 +105,7 @@ pub fn taints(node: &Node, now: Timestamp) -> Option<Vec<Taint>> {
         .collect();
     for (key, effect) in wanted {
         if !result.iter().any(|t| t.key == key && t.effect == effect) {
-            result.push(Taint {
-                key: key.into(),
-                effect: effect.into(),
-                value: None,
-                time_added: Some(Time(now)),
-            });
+            result.push(Taint { key: key.into(), effect: effect.into(), value: None, time_added: Some(Time(now)) });
         }
     }
     (result != current).then_some(result)
@@ -129,9 +124,10 @@ pub fn eviction(pod: &Pod, node: &Node, now: Timestamp) -> Option<Duration> {
             // The shortest tolerance counts; without one the taint is tolerated for ever.
             let Some(seconds) = matching.iter().filter_map(|t| t.toleration_seconds).min() else { continue };
             let allowed = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
-            let passed = taint.time_added.as_ref().map_or(Duration::ZERO, |t| {
-                Duration::try_from(now.duration_since(t.0)).unwrap_or_default()
-            });
+            let passed = taint
+                .time_added
+                .as_ref()
+                .map_or(Duration::ZERO, |t| Duration::try_from(now.duration_since(t.0)).unwrap_or_default());
             allowed.saturating_sub(passed)
         };
         soonest = Some(soonest.map_or(left, |s| s.min(left)));
@@ -228,8 +224,10 @@ async fn watch_over(
                 let was_ready = ready_status(&node) == Some("True");
                 let mut updated = Node::clone(&node);
                 updated.status.get_or_insert_default().conditions = Some(conditions);
-                let written =
-                    api.replace_status(&name, &PostParams::default(), &updated).await.context("cannot mark the node")?;
+                let written = api
+                    .replace_status(&name, &PostParams::default(), &updated)
+                    .await
+                    .context("cannot mark the node")?;
                 cache.wrote(written.clone());
                 node = Arc::new(written);
                 if was_ready {
@@ -244,7 +242,8 @@ async fn watch_over(
     if let Some(taints) = taints(&node, Timestamp::now()).filter(|_| has_kubelet || ready_status(&node).is_some()) {
         let version = node.metadata.resource_version.clone();
         let patch = json!({"metadata": {"resourceVersion": version}, "spec": {"taints": taints}});
-        let written = api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.context("cannot taint the node")?;
+        let written =
+            api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.context("cannot taint the node")?;
         cache.wrote(written.clone());
         node = Arc::new(written);
     }
@@ -266,7 +265,8 @@ async fn watch_over(
                     pod.metadata.name.as_deref().unwrap_or_default()
                 );
                 events.event(&reference(&**pod), EventType::Normal, "TaintManagerEviction", text);
-                let api = Api::namespaced(context.client.clone(), pod.metadata.namespace.as_deref().unwrap_or_default());
+                let api =
+                    Api::namespaced(context.client.clone(), pod.metadata.namespace.as_deref().unwrap_or_default());
                 remove_pod(&api, &context.caches.pods, pod, &DeleteParams::default()).await.context("cannot evict")?;
             }
             Some(left) => {
@@ -309,7 +309,8 @@ pub(crate) fn start_pod_gc(context: Context) -> impl Future<Output = ()> + Send 
     let missing: Arc<Mutex<HashMap<String, Instant>>> = Arc::default();
     let add = queue.clone();
     context.caches.nodes.on_change(move |old, new| {
-        if let Some(name) = new.or(old).and_then(|n| n.metadata.name.clone()).filter(|_| old.is_none() || new.is_none()) {
+        if let Some(name) = new.or(old).and_then(|n| n.metadata.name.clone()).filter(|_| old.is_none() || new.is_none())
+        {
             add.add(Key::new("", name));
         }
     });
@@ -349,7 +350,8 @@ async fn collect(
         return Ok(Next::Wait);
     }
     for pod in pods {
-        let api: Api<Pod> = Api::namespaced(context.client.clone(), pod.metadata.namespace.as_deref().unwrap_or_default());
+        let api: Api<Pod> =
+            Api::namespaced(context.client.clone(), pod.metadata.namespace.as_deref().unwrap_or_default());
         let name = pod.metadata.name.as_deref().unwrap_or_default();
         if !pods::is_finished(&pod) {
             let patch = json!({"metadata": {"uid": pod.metadata.uid}, "status": {"phase": "Failed", "conditions": [{

@@ -77,7 +77,11 @@ pub enum Availability {
 /// Judges a pod by `minReadySeconds`.
 pub fn availability(pod: &Pod, min_ready_seconds: i32, now: Timestamp) -> Availability {
     let Some(since) = ready_since(pod) else { return Availability::No };
-    let Ok(wanted) = u64::try_from(min_ready_seconds).map(Duration::from_secs) else { return Availability::Available };
+    let wanted = Duration::from_secs(u64::try_from(min_ready_seconds).unwrap_or(0));
+    // Ready since nobody knows when: not for long enough, as upstream has it.
+    if since == Timestamp::UNIX_EPOCH && !wanted.is_zero() {
+        return Availability::No;
+    }
     let for_long = Duration::try_from(now.duration_since(since)).unwrap_or_default();
     match wanted.checked_sub(for_long) {
         None | Some(Duration::ZERO) => Availability::Available,
@@ -141,7 +145,13 @@ pub fn deletion_order(a: &Pod, b: &Pod, neighbours: &BTreeMap<String, usize>, no
         _ => 2,
     };
     let cost = |p: &Pod| -> i64 {
-        p.metadata.annotations.as_ref().and_then(|a| a.get(DELETION_COST)).and_then(|c| c.parse::<i32>().ok()).unwrap_or(0).into()
+        p.metadata
+            .annotations
+            .as_ref()
+            .and_then(|a| a.get(DELETION_COST))
+            .and_then(|c| c.parse::<i32>().ok())
+            .unwrap_or(0)
+            .into()
     };
     let crowd = |p: &Pod| node(p).and_then(|n| neighbours.get(&n)).copied().unwrap_or(0);
     // Ages compare by order of magnitude, so that choice is spread over pods of about the same age (KEP-2185).
@@ -262,7 +272,10 @@ mod tests {
     #[test]
     fn the_hash_depends_on_template_and_collisions() {
         let template = PodTemplateSpec::default();
-        let other = PodTemplateSpec { spec: Some(PodSpec { hostname: Some("h".into()), ..Default::default() }), ..Default::default() };
+        let other = PodTemplateSpec {
+            spec: Some(PodSpec { hostname: Some("h".into()), ..Default::default() }),
+            ..Default::default()
+        };
         assert_eq!(template_hash(&template, None), template_hash(&template, None));
         assert_ne!(template_hash(&template, None), template_hash(&other, None));
         assert_ne!(template_hash(&template, None), template_hash(&template, Some(1)));

@@ -155,7 +155,12 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
                     if is_transient(&error) {
                         tracing::debug!(queue = self.0.name, ?key, "will retry: {error:#}");
                     } else {
-                        tracing::warn!(queue = self.0.name, ?key, failures = *failures, "sync failed, will retry: {error:#}");
+                        tracing::warn!(
+                            queue = self.0.name,
+                            ?key,
+                            failures = *failures,
+                            "sync failed, will retry: {error:#}"
+                        );
                     }
                     Some(pause)
                 }

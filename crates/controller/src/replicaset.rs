@@ -19,7 +19,8 @@ use crate::pods::{self, Availability, Claim};
 use crate::queue::{Key, Next, Queue};
 use crate::selector;
 use crate::util::{
-    controller_of, controller_reference, is_conflict, is_controlled_by, is_namespace_terminating, is_not_found, message, reference,
+    controller_of, controller_reference, is_conflict, is_controlled_by, is_namespace_terminating, is_not_found,
+    message, reference,
 };
 
 /// Syncs of different ReplicaSets at a time (`--concurrent-replicaset-syncs`).
@@ -43,8 +44,10 @@ pub struct Plan {
 /// Decides what to do. `pods` are those of the namespace, `siblings` the uids of ReplicaSets of the same Deployment.
 pub fn plan(set: &ReplicaSet, pods: &[Arc<Pod>], siblings: &[String], now: Timestamp) -> Plan {
     let Some(spec) = set.spec.as_ref() else { return Plan::default() };
-    let Claim { owned, adopt, release } = pods::claim(&set.metadata, &spec.selector, pods.iter().cloned(), pods::is_active);
-    let mut active: Vec<Arc<Pod>> = owned.into_iter().chain(adopt.iter().cloned()).filter(|p| pods::is_active(p)).collect();
+    let Claim { owned, adopt, release } =
+        pods::claim(&set.metadata, &spec.selector, pods.iter().cloned(), pods::is_active);
+    let mut active: Vec<Arc<Pod>> =
+        owned.into_iter().chain(adopt.iter().cloned()).filter(|p| pods::is_active(p)).collect();
     let mut plan = Plan { adopt, release, ..Default::default() };
     if set.metadata.deletion_timestamp.is_some() {
         return plan;
@@ -218,7 +221,8 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     }
     if !plan.delete.is_empty() {
         let deletions = plan.delete.iter().map(|pod| delete_pod(&api, &caches.pods, &events, &*set, pod));
-        failure = futures::future::join_all(deletions).await.into_iter().find_map(Result::err).map(|e| ("FailedDelete", e));
+        failure =
+            futures::future::join_all(deletions).await.into_iter().find_map(Result::err).map(|e| ("FailedDelete", e));
     }
     // The status describes the pods as they are after this sync's writes.
     let pods = caches.pods.list(&key.namespace);

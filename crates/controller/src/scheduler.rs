@@ -255,11 +255,8 @@ fn fits(spec: &PodSpec, demand: &Demand, node: &Node, load: &Load) -> Result<(),
         return never("node(s) were unschedulable");
     }
     if node_spec.unschedulable == Some(true) {
-        let taint = Taint {
-            key: "node.kubernetes.io/unschedulable".into(),
-            effect: "NoSchedule".into(),
-            ..Default::default()
-        };
+        let taint =
+            Taint { key: "node.kubernetes.io/unschedulable".into(), effect: "NoSchedule".into(), ..Default::default() };
         if !spec.tolerations.iter().flatten().any(|t| tolerates(t, &taint)) {
             return never("node(s) were unschedulable");
         }
@@ -277,9 +274,7 @@ fn fits(spec: &PodSpec, demand: &Demand, node: &Node, load: &Load) -> Result<(),
         return never("node(s) didn't match Pod's node affinity/selector");
     }
     let clash = demand.host_ports.iter().any(|(protocol, port, ip)| {
-        load.host_ports
-            .iter()
-            .any(|(p, n, i)| p == protocol && n == port && (i == ip || i.is_empty() || ip.is_empty()))
+        load.host_ports.iter().any(|(p, n, i)| p == protocol && n == port && (i == ip || i.is_empty() || ip.is_empty()))
     });
     if clash {
         let reason = "node(s) didn't have free ports for the requested pod ports";
@@ -310,7 +305,10 @@ pub fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
     }
     match toleration.operator.as_deref().unwrap_or_default() {
         "Exists" => true,
-        "" | "Equal" => !key.is_empty() && toleration.value.as_deref().unwrap_or_default() == taint.value.as_deref().unwrap_or_default(),
+        "" | "Equal" => {
+            !key.is_empty()
+                && toleration.value.as_deref().unwrap_or_default() == taint.value.as_deref().unwrap_or_default()
+        }
         _ => false,
     }
 }
@@ -469,7 +467,12 @@ pub(crate) fn start(context: Context) -> impl Future<Output = ()> + Send + 'stat
     }
 }
 
-async fn schedule(context: Context, events: EventRecorder, ledger: Arc<Mutex<Ledger>>, key: Key) -> anyhow::Result<Next> {
+async fn schedule(
+    context: Context,
+    events: EventRecorder,
+    ledger: Arc<Mutex<Ledger>>,
+    key: Key,
+) -> anyhow::Result<Next> {
     let Some(pod) = context.caches.pods.get(&key.namespace, &key.name) else { return Ok(Next::Wait) };
     let uid = pod.metadata.uid.clone().unwrap_or_default();
     if !needs_node(&pod) {
@@ -533,9 +536,11 @@ async fn schedule(context: Context, events: EventRecorder, ledger: Arc<Mutex<Led
         }
         Err(unfit) => {
             let text = unfit.message();
-            let condition = pod.status.as_ref().and_then(|s| s.conditions.as_ref()).and_then(|c| {
-                c.iter().find(|c| c.type_ == "PodScheduled")
-            });
+            let condition = pod
+                .status
+                .as_ref()
+                .and_then(|s| s.conditions.as_ref())
+                .and_then(|c| c.iter().find(|c| c.type_ == "PodScheduled"));
             if condition.is_none_or(|c| c.status != "False" || c.message.as_deref() != Some(text.as_str())) {
                 let since = condition
                     .filter(|c| c.status == "False")

@@ -37,11 +37,7 @@ pub fn root_ca(namespace: &str, ca: &str, existing: Option<&ConfigMap>) -> Optio
 }
 
 /// Registers with the caches and returns the future that works.
-pub(crate) fn start(
-    context: Context,
-    accounts: bool,
-    ca: Option<String>,
-) -> impl Future<Output = ()> + Send + 'static {
+pub(crate) fn start(context: Context, accounts: bool, ca: Option<String>) -> impl Future<Output = ()> + Send + 'static {
     let queue: Queue<Key> = Queue::new("serviceaccount");
     let add = queue.clone();
     context.caches.namespaces.on_change(move |_, new| {

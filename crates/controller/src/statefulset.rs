@@ -10,7 +10,9 @@ use std::time::Duration;
 use anyhow::Context as _;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{ControllerRevision, StatefulSet, StatefulSetSpec, StatefulSetStatus};
-use k8s_openapi::api::core::v1::{PersistentVolumeClaim, PersistentVolumeClaimVolumeSource, Pod, PodTemplateSpec, Volume};
+use k8s_openapi::api::core::v1::{
+    PersistentVolumeClaim, PersistentVolumeClaimVolumeSource, Pod, PodTemplateSpec, Volume,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
 use kube::Api;
@@ -23,7 +25,8 @@ use crate::pods::{self, Availability};
 use crate::queue::{Key, Next, Queue};
 use crate::replicaset::{adopt, release, remove_pod, wake_owner};
 use crate::util::{
-    already_exists, controller_of, controller_reference, is_controlled_by, is_namespace_terminating, is_not_found, message, reference,
+    already_exists, controller_of, controller_reference, is_controlled_by, is_namespace_terminating, is_not_found,
+    message, reference,
 };
 
 const WORKERS: usize = 5;
@@ -377,7 +380,12 @@ pub struct Revisions {
 }
 
 /// Decides about the revisions. `existing` are those that the set controls.
-pub fn revisions(set: &StatefulSet, existing: &[Arc<ControllerRevision>], pods: &[Arc<Pod>], collisions: i32) -> Revisions {
+pub fn revisions(
+    set: &StatefulSet,
+    existing: &[Arc<ControllerRevision>],
+    pods: &[Arc<Pod>],
+    collisions: i32,
+) -> Revisions {
     let spec = set.spec.clone().unwrap_or_default();
     let set_name = set.metadata.name.as_deref().unwrap_or_default();
     let mut existing = existing.to_vec();
@@ -421,7 +429,8 @@ pub fn revisions(set: &StatefulSet, existing: &[Arc<ControllerRevision>], pods: 
         .and_then(|r| Some(Revision { name: name_of(r), template: revision_template(r)? }))
         .unwrap_or_else(|| update.clone());
     // Live are those that status or pods refer to; of the others the newest ones are kept.
-    let live = |name: &str| name == current.name || name == update.name || pods.iter().any(|p| revision_of(p) == Some(name));
+    let live =
+        |name: &str| name == current.name || name == update.name || pods.iter().any(|p| revision_of(p) == Some(name));
     let dead: Vec<&Arc<ControllerRevision>> = existing.iter().filter(|r| !live(&name_of(r))).collect();
     let limit = usize::try_from(spec.revision_history_limit.unwrap_or(10)).unwrap_or(0);
     let delete = dead.iter().take(dead.len().saturating_sub(limit)).map(|r| (*r).clone()).collect();
@@ -476,7 +485,9 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
         release(&pod_api, &caches.pods, uid, pod).await?;
     }
     let mut pods = caches.pods.list(&key.namespace);
-    pods.retain(|p| is_controlled_by(&**p, uid) && crate::selector::matches(&spec.selector, p.metadata.labels.as_ref()));
+    pods.retain(|p| {
+        is_controlled_by(&**p, uid) && crate::selector::matches(&spec.selector, p.metadata.labels.as_ref())
+    });
     let mut existing = caches.revisions.list(&key.namespace);
     existing.retain(|r| is_controlled_by(&**r, uid));
 
@@ -555,8 +566,11 @@ async fn perform(
             }
             Err(error) if is_namespace_terminating(error) => {}
             Err(error) => {
-                let text =
-                    format!("{} Pod {pod} in StatefulSet {set_name} failed error: {}", verb.to_lowercase(), message(error));
+                let text = format!(
+                    "{} Pod {pod} in StatefulSet {set_name} failed error: {}",
+                    verb.to_lowercase(),
+                    message(error)
+                );
                 events.event(&about, EventType::Warning, &format!("Failed{reason}"), text);
             }
         }
@@ -595,7 +609,12 @@ async fn perform(
     }
 }
 
-async fn create_claims(context: &Context, events: &EventRecorder, set: &StatefulSet, pod: &Pod) -> Result<(), kube::Error> {
+async fn create_claims(
+    context: &Context,
+    events: &EventRecorder,
+    set: &StatefulSet,
+    pod: &Pod,
+) -> Result<(), kube::Error> {
     let claims = make_claims(set, pod);
     if claims.is_empty() {
         return Ok(());
@@ -607,7 +626,8 @@ async fn create_claims(context: &Context, events: &EventRecorder, set: &Stateful
     let api: Api<PersistentVolumeClaim> = Api::namespaced(context.client.clone(), namespace);
     for claim in claims {
         let name = claim.metadata.name.as_deref().unwrap_or_default();
-        let told = |verb: &str, rest: &str| format!("{verb} Claim {name} Pod {pod_name} in StatefulSet {set_name} {rest}");
+        let told =
+            |verb: &str, rest: &str| format!("{verb} Claim {name} Pod {pod_name} in StatefulSet {set_name} {rest}");
         match api.create(&PostParams::default(), &claim).await {
             Ok(_) => events.event(&about, EventType::Normal, "SuccessfulCreate", told("create", "success")),
             Err(error) if already_exists(&error) => {}

@@ -41,13 +41,13 @@ pub(crate) fn is_controlled_by<K: Resource>(object: &K, uid: Option<&str>) -> bo
     uid.is_some() && controller_of(object).map(|o| o.uid.as_str()) == uid
 }
 
-/// Whether the API server refused because the namespace is being deleted.
+/// Whether the API server refused a creation because the namespace is being deleted, or has been.
 pub(crate) fn is_namespace_terminating(error: &kube::Error) -> bool {
     match error {
-        kube::Error::Api(status) => status
-            .details
-            .as_ref()
-            .is_some_and(|details| details.causes.iter().any(|cause| cause.reason == "NamespaceTerminating")),
+        kube::Error::Api(status) => status.details.as_ref().is_some_and(|details| {
+            status.code == 404 && details.kind == "namespaces"
+                || details.causes.iter().any(|cause| cause.reason == "NamespaceTerminating")
+        }),
         _ => false,
     }
 }

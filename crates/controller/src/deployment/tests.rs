@@ -10,7 +10,10 @@ fn deployment(spec: Value) -> Deployment {
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": "25%", "maxUnavailable": "25%"}}
     });
     whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
-    serde_json::from_value(json!({"metadata": {"name": "web", "namespace": "ns", "uid": "d", "generation": 1}, "spec": whole})).unwrap()
+    serde_json::from_value(
+        json!({"metadata": {"name": "web", "namespace": "ns", "uid": "d", "generation": 1}, "spec": whole}),
+    )
+    .unwrap()
 }
 
 fn with_image(deployment: &Deployment, image: &str) -> Deployment {
@@ -140,7 +143,8 @@ fn surge_rounds_up_and_unavailable_rounds_down() {
         (json!(0), json!("1%"), Strategy::Rolling { surge: 0, unavailable: 1 }),
         (json!(3), json!(9), Strategy::Rolling { surge: 3, unavailable: 4 }),
     ] {
-        let rolling = json!({"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": unavailable}});
+        let rolling =
+            json!({"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": unavailable}});
         assert_eq!(strategy(&deployment(json!({"strategy": rolling}))), expected);
     }
 }

@@ -4,7 +4,8 @@ use super::*;
 use serde_json::Value;
 
 fn node(name: &str, extra: Value) -> Arc<Node> {
-    let mut node = json!({"metadata": {"name": name, "labels": {ZONE: format!("zone-{name}"), "kubernetes.io/hostname": name}}});
+    let mut node =
+        json!({"metadata": {"name": name, "labels": {ZONE: format!("zone-{name}"), "kubernetes.io/hostname": name}}});
     node.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
     Arc::new(serde_json::from_value(node).unwrap())
 }
@@ -90,7 +91,10 @@ fn the_event_reads_like_upstreams() {
         "0/2 nodes are available: 1 node(s) had untolerated taint(s), 1 node(s) were unschedulable. no new claims to deallocate, \
          preemption: 0/2 nodes are available: 2 Preemption is not helpful for scheduling."
     );
-    assert_eq!(choose(&pod(json!({})), &[], &BTreeMap::new()).unwrap_err().message(), "no nodes available to schedule pods");
+    assert_eq!(
+        choose(&pod(json!({})), &[], &BTreeMap::new()).unwrap_err().message(),
+        "no nodes available to schedule pods"
+    );
 }
 
 #[test]
@@ -101,7 +105,9 @@ fn host_ports_clash_by_protocol_and_address() {
     loads.entry("n1".into()).or_default().add(&Demand::of(&taken));
     let nodes = [node("n1", json!({}))];
     assert!(choose(&taken, &nodes, &loads).is_err());
-    assert!(choose(&with(json!({"containerPort": 80, "hostPort": 80, "hostIP": "192.168.50.11"})), &nodes, &loads).is_err());
+    assert!(
+        choose(&with(json!({"containerPort": 80, "hostPort": 80, "hostIP": "192.168.50.11"})), &nodes, &loads).is_err()
+    );
     assert!(choose(&with(json!({"containerPort": 80, "hostPort": 80, "protocol": "UDP"})), &nodes, &loads).is_ok());
 }
 

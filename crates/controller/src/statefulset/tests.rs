@@ -9,7 +9,10 @@ fn set(spec: Value) -> StatefulSet {
         "template": {"metadata": {"labels": {"app": "db"}}, "spec": {"containers": [{"name": "c", "image": "x:2"}]}}
     });
     whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
-    serde_json::from_value(json!({"metadata": {"name": "db", "namespace": "ns", "uid": "s", "generation": 1}, "spec": whole})).unwrap()
+    serde_json::from_value(
+        json!({"metadata": {"name": "db", "namespace": "ns", "uid": "s", "generation": 1}, "spec": whole}),
+    )
+    .unwrap()
 }
 
 fn revision(name: &str, set: &StatefulSet) -> Revision {
@@ -28,9 +31,11 @@ fn pod(set: &StatefulSet, n: i32, rev: &str, state: &str) -> Arc<Pod> {
         "failed" => ("Failed", "False"),
         _ => ("Running", "False"),
     };
-    pod.status = serde_json::from_value(json!({"phase": phase, "conditions": [{"type": "Ready", "status": ready}]})).unwrap();
+    pod.status =
+        serde_json::from_value(json!({"phase": phase, "conditions": [{"type": "Ready", "status": ready}]})).unwrap();
     if state == "leaving" {
-        pod.metadata.deletion_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::UNIX_EPOCH));
+        pod.metadata.deletion_timestamp =
+            Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::UNIX_EPOCH));
     }
     Arc::new(pod)
 }
@@ -41,7 +46,9 @@ fn acts(set: &StatefulSet, pods: &[(i32, &str, &str)]) -> Vec<String> {
     plan.acts
         .iter()
         .map(|act| match act {
-            Act::Create(pod) => format!("create {} {}", pod.metadata.name.as_deref().unwrap(), revision_of(pod).unwrap()),
+            Act::Create(pod) => {
+                format!("create {} {}", pod.metadata.name.as_deref().unwrap(), revision_of(pod).unwrap())
+            }
             Act::Delete(pod, why) => format!("delete {} {why:?}", pod.metadata.name.as_deref().unwrap()),
             Act::Relabel(pod) => format!("relabel {}", pod.metadata.name.as_deref().unwrap()),
         })
@@ -60,17 +67,37 @@ fn in_order() {
         ("gap_is_filled_first", vec![(1, "new", "ready"), (2, "new", "ready")], vec!["create db-0 new"]),
         (
             "scale_down_from_the_top",
-            vec![(0, "new", "ready"), (1, "new", "ready"), (2, "new", "ready"), (3, "new", "ready"), (4, "new", "unready")],
+            vec![
+                (0, "new", "ready"),
+                (1, "new", "ready"),
+                (2, "new", "ready"),
+                (3, "new", "ready"),
+                (4, "new", "unready"),
+            ],
             vec!["delete db-4 Excess"],
         ),
         (
             "scale_down_waits_for_the_one_leaving",
-            vec![(0, "new", "ready"), (1, "new", "ready"), (2, "new", "ready"), (3, "new", "ready"), (4, "new", "leaving")],
+            vec![
+                (0, "new", "ready"),
+                (1, "new", "ready"),
+                (2, "new", "ready"),
+                (3, "new", "ready"),
+                (4, "new", "leaving"),
+            ],
             vec![],
         ),
-        ("update_from_the_top", vec![(0, "old", "ready"), (1, "old", "ready"), (2, "old", "ready")], vec!["delete db-2 Outdated"]),
+        (
+            "update_from_the_top",
+            vec![(0, "old", "ready"), (1, "old", "ready"), (2, "old", "ready")],
+            vec!["delete db-2 Outdated"],
+        ),
         ("update_waits", vec![(0, "old", "ready"), (1, "old", "ready"), (2, "new", "unready")], vec![]),
-        ("update_goes_on", vec![(0, "old", "ready"), (1, "old", "ready"), (2, "new", "ready")], vec!["delete db-1 Outdated"]),
+        (
+            "update_goes_on",
+            vec![(0, "old", "ready"), (1, "old", "ready"), (2, "new", "ready")],
+            vec!["delete db-1 Outdated"],
+        ),
         ("done", vec![(0, "new", "ready"), (1, "new", "ready"), (2, "new", "ready")], vec![]),
     ] {
         assert_eq!(acts(&set, &pods), expected, "{name}");
@@ -81,7 +108,8 @@ fn in_order() {
 fn parallel() {
     let set = set(json!({"podManagementPolicy": "Parallel"}));
     assert_eq!(acts(&set, &[]), ["create db-0 new", "create db-1 new", "create db-2 new"]);
-    let five = [(0, "new", "ready"), (1, "new", "ready"), (2, "new", "ready"), (3, "new", "ready"), (4, "new", "ready")];
+    let five =
+        [(0, "new", "ready"), (1, "new", "ready"), (2, "new", "ready"), (3, "new", "ready"), (4, "new", "ready")];
     assert_eq!(acts(&set, &five), ["delete db-4 Excess", "delete db-3 Excess"]);
     let old = [(0, "old", "ready"), (1, "old", "ready"), (2, "old", "ready")];
     assert_eq!(acts(&set, &old), ["delete db-2 Outdated"], "updates are one at a time also then");
@@ -93,7 +121,11 @@ fn partition_and_ondelete() {
     let two = set(json!({"updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"partition": 2}}}));
     assert_eq!(acts(&two, &old), ["delete db-2 Outdated"]);
     assert_eq!(acts(&two, &[(0, "old", "ready"), (1, "old", "ready"), (2, "new", "ready")]), Vec::<String>::new());
-    assert_eq!(acts(&two, &[(0, "old", "ready"), (2, "new", "ready")]), ["create db-1 old"], "below the partition as it was");
+    assert_eq!(
+        acts(&two, &[(0, "old", "ready"), (2, "new", "ready")]),
+        ["create db-1 old"],
+        "below the partition as it was"
+    );
     let manual = set(json!({"updateStrategy": {"type": "OnDelete"}}));
     assert_eq!(acts(&manual, &old), Vec::<String>::new());
     assert_eq!(acts(&manual, &old[..2]), ["create db-2 new"]);
@@ -111,7 +143,8 @@ fn ordinals_start_where_asked_and_foreign_names_do_not_count() {
 
 #[test]
 fn the_pod_of_an_ordinal() {
-    let claims = json!([{"metadata": {"name": "data", "labels": {"v": "1"}}, "spec": {"accessModes": ["ReadWriteOnce"]}}]);
+    let claims =
+        json!([{"metadata": {"name": "data", "labels": {"v": "1"}}, "spec": {"accessModes": ["ReadWriteOnce"]}}]);
     let set = set(json!({"volumeClaimTemplates": claims}));
     let pod = make_pod(&set, 1, &revision("new", &set));
     let spec = pod.spec.as_ref().unwrap();
@@ -157,6 +190,10 @@ fn revisions_are_kept_reused_and_cut() {
     }
     let again = revisions(&set, &stored, &[], 0);
     assert!(again.create.is_none());
-    assert_eq!(again.renumber.as_ref().map(|(r, n)| (r.revision, *n)), Some((1, 5)), "an earlier template is wanted again");
+    assert_eq!(
+        again.renumber.as_ref().map(|(r, n)| (r.revision, *n)),
+        Some((1, 5)),
+        "an earlier template is wanted again"
+    );
     assert_eq!(again.delete.iter().map(|r| r.revision).collect::<Vec<_>>(), [2, 3], "one of the unused ones is kept");
 }

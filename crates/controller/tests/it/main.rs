@@ -1,5 +1,7 @@
 //! The controllers against the embedded API server, in one process and without nodes: the test plays the kubelet.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,8 +9,8 @@ use std::time::{Duration, Instant};
 use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment, ReplicaSet, StatefulSet};
 use k8s_openapi::api::core::v1::{ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::Client;
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use portolan_apiserver::{Server, ServerConfig, User};
 use portolan_controller::Config;
 use portolan_observe::Observer;
@@ -39,7 +41,12 @@ impl Cluster {
         let observer = Observer::new();
         let gate = observer.gate("test");
         let config = Config { cluster_ca: Some(server.ca_pem()), ..Default::default() };
-        let run = portolan_controller::run(config, client("system:kube-controller-manager"), observer.clone(), shutdown.clone());
+        let run = portolan_controller::run(
+            config,
+            client("system:kube-controller-manager"),
+            observer.clone(),
+            shutdown.clone(),
+        );
         tokio::spawn(async move {
             gate.ready();
             run.await.expect("the controllers run until they are stopped");
@@ -85,7 +92,8 @@ impl Cluster {
     async fn make_ready(&self, pod: &Pod, ip: &str) {
         let conditions = ["Initialized", "Ready", "ContainersReady", "PodScheduled"]
             .map(|kind| json!({"type": kind, "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}));
-        let status = json!({"status": {"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}], "conditions": conditions}});
+        let status =
+            json!({"status": {"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}], "conditions": conditions}});
         let name = pod.metadata.name.as_deref().unwrap();
         self.api::<Pod>().patch_status(name, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
     }
@@ -168,7 +176,8 @@ async fn a_deployment_becomes_endpoints() {
     eventually("the Deployment to be available", async || {
         let status = cluster.api::<Deployment>().get("web").await.unwrap().status?;
         let progressing = status.conditions?.into_iter().find(|c| c.type_ == "Progressing")?;
-        (status.available_replicas == Some(3) && progressing.reason.as_deref() == Some("NewReplicaSetAvailable")).then_some(())
+        (status.available_replicas == Some(3) && progressing.reason.as_deref() == Some("NewReplicaSetAvailable"))
+            .then_some(())
     })
     .await;
 }
@@ -195,7 +204,8 @@ async fn a_rollout_keeps_pods_available_and_ends_with_new_ones() {
             let of = |p: &Pod| p.spec.as_ref().unwrap().containers[0].image.clone();
             let status = cluster.api::<Deployment>().get("web").await.unwrap().status?;
             let done = staying.len() == 4 && staying.iter().all(|p| of(p).as_deref() == Some(image));
-            (done && leaving.is_empty() && status.available_replicas == Some(4) && status.updated_replicas == Some(4)).then_some(())
+            (done && leaving.is_empty() && status.available_replicas == Some(4) && status.updated_replicas == Some(4))
+                .then_some(())
         })
         .await;
     };
@@ -265,7 +275,11 @@ async fn a_pod_without_a_fitting_node_says_why_and_is_scheduled_when_one_fits() 
     })
     .await;
     assert_eq!(told.reason.as_deref(), Some("Unschedulable"));
-    assert!(told.message.unwrap().starts_with("0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector."));
+    assert!(
+        told.message
+            .unwrap()
+            .starts_with("0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector.")
+    );
     let nodes: Api<Node> = Api::all(cluster.client.clone());
     let label = json!({"metadata": {"labels": {"disk": "ssd"}}});
     nodes.patch("node-2", &PatchParams::default(), &Patch::Merge(label)).await.unwrap();
@@ -291,7 +305,9 @@ async fn a_namespace_empties_and_goes() {
     })
     .await;
     assert!(remaining.message.unwrap().contains("example.com/hold in 1 resource instances"));
-    maps.patch("held", &PatchParams::default(), &Patch::Merge(json!({"metadata": {"finalizers": null}}))).await.unwrap();
+    maps.patch("held", &PatchParams::default(), &Patch::Merge(json!({"metadata": {"finalizers": null}})))
+        .await
+        .unwrap();
     let released = Instant::now();
     eventually("the namespace to go", async || namespaces.get_opt("team").await.unwrap().is_none().then_some(())).await;
     eprintln!("last object released to namespace gone: {:?}", released.elapsed());

@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{EndpointAddress, EndpointPort, EndpointSubset, Endpoints, ObjectReference, Pod, Service};
+use k8s_openapi::api::core::v1::{
+    EndpointAddress, EndpointPort, EndpointSubset, Endpoints, ObjectReference, Pod, Service,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::{
-    HEADLESS, TRIGGER_TIME, families, is_finished, is_headless, is_ready, is_terminating, pod_hostname, pod_ip, pod_reference,
-    publishes_not_ready, selects, target_port,
+    HEADLESS, TRIGGER_TIME, families, is_finished, is_headless, is_ready, is_terminating, pod_hostname, pod_ip,
+    pod_reference, publishes_not_ready, selects, target_port,
 };
 
 /// Label on Endpoints that names their writer.
@@ -161,13 +163,22 @@ fn subsets(service: &Service, pods: &[Arc<Pod>]) -> Vec<EndpointSubset> {
         .into_iter()
         .map(|(keys, ports)| {
             let list = |ready: bool| {
-                let list: Vec<EndpointAddress> =
-                    keys.iter().filter_map(|k| addresses.get(k)).filter(|a| a.ready == ready).map(|a| a.value.clone()).collect();
+                let list: Vec<EndpointAddress> = keys
+                    .iter()
+                    .filter_map(|k| addresses.get(k))
+                    .filter(|a| a.ready == ready)
+                    .map(|a| a.value.clone())
+                    .collect();
                 Some(list).filter(|l| !l.is_empty())
             };
             let ports: Vec<EndpointPort> = ports
                 .into_iter()
-                .map(|p| EndpointPort { name: p.name, protocol: Some(p.protocol), port: p.port, app_protocol: p.app_protocol })
+                .map(|p| EndpointPort {
+                    name: p.name,
+                    protocol: Some(p.protocol),
+                    port: p.port,
+                    app_protocol: p.app_protocol,
+                })
                 .collect();
             EndpointSubset {
                 addresses: list(true),

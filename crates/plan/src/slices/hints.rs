@@ -93,7 +93,8 @@ fn is_ready(endpoint: &Endpoint) -> bool {
 
 /// Each zone's part of the allocatable CPU of the ready nodes.
 fn cpu_shares(topology: &Topology) -> Result<BTreeMap<&str, f64>, String> {
-    const INCOMPLETE: &str = "Insufficient Node information: allocatable CPU or zone not specified on one or more nodes";
+    const INCOMPLETE: &str =
+        "Insufficient Node information: allocatable CPU or zone not specified on one or more nodes";
     let mut zones: BTreeMap<&str, u64> = BTreeMap::new();
     for node in topology.nodes.values().filter(|n| n.ready && !n.control_plane) {
         match node.zone.as_deref() {

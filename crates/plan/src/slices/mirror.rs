@@ -8,7 +8,9 @@ use k8s_openapi::api::core::v1::{EndpointAddress, EndpointSubset, Endpoints, Ser
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 
-use super::{Changes, Family, MANAGED_BY, MIRROR_CONTROLLER, PortKey, PortSet, SERVICE_NAME, TRIGGER_TIME, pack, port_set};
+use super::{
+    Changes, Family, MANAGED_BY, MIRROR_CONTROLLER, PortKey, PortSet, SERVICE_NAME, TRIGGER_TIME, pack, port_set,
+};
 
 /// Label on Endpoints that must not be mirrored.
 pub const SKIP_MIRROR: &str = "endpointslice.kubernetes.io/skip-mirror";
@@ -50,7 +52,11 @@ pub fn reconcile(endpoints: &Endpoints, existing: &[Arc<EndpointSlice>], max_per
             };
             taken += 1;
             let endpoint = mirrored(address, ip, ready);
-            let key = format!("{ip} {:?} {:?}", endpoint.hostname, endpoint.target_ref.as_ref().map(|t| (&t.namespace, &t.name)));
+            let key = format!(
+                "{ip} {:?} {:?}",
+                endpoint.hostname,
+                endpoint.target_ref.as_ref().map(|t| (&t.namespace, &t.name))
+            );
             // An address that is not ready anywhere is not ready.
             let members = groups.entry(Family::of(ip)).or_default().entry(ports.clone()).or_default();
             match members.get_mut(&key) {

@@ -432,15 +432,13 @@ pub(crate) struct Shape<'a> {
     trigger_time: Option<&'a str>,
 }
 
-/// Longest name of an object that is a DNS label or subdomain label.
-const MAX_NAME: usize = 63;
-const RANDOM_SUFFIX: usize = 5;
+/// Longest name of an object that is a DNS subdomain.
+const MAX_NAME: usize = 253;
 
-/// `generateName` for objects of a Service: its name and a dash, cut so that the suffix fits into 63 characters.
+/// `generateName` for slices: the name and a dash, without the dash where it would make the prefix too long. The API server cuts it
+/// to leave room for the suffix.
 pub(crate) fn generate_name(name: &str) -> String {
-    let mut base = format!("{name}-");
-    base.truncate(MAX_NAME - RANDOM_SUFFIX);
-    base
+    if name.len() < MAX_NAME { format!("{name}-") } else { name.to_string() }
 }
 
 impl pack::Template for Shape<'_> {

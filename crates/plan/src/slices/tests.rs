@@ -100,7 +100,8 @@ fn conditions_of_endpoints() {
         ("published_terminating", true, true, true, (true, true, true)),
     ] {
         let extra = if terminating { gone.clone() } else { json!({}) };
-        let changes = run(&web(json!({"publishNotReadyAddresses": publish})), &[pod_with("p", "10.0.0.1", ready, extra)], &[]);
+        let changes =
+            run(&web(json!({"publishNotReadyAddresses": publish})), &[pod_with("p", "10.0.0.1", ready, extra)], &[]);
         let endpoint = &changes.create[0].endpoints.as_ref().unwrap()[0];
         let c = endpoint.conditions.as_ref().unwrap();
         let got = (c.ready.unwrap(), c.serving.unwrap(), c.terminating.unwrap());
@@ -195,10 +196,12 @@ fn a_placeholder_stays_and_is_reused() {
     assert_eq!(slices.len(), 1);
     assert!(run(&web(json!({})), &[], &slices).is_empty(), "nothing to write the second time");
     let name = slices[0].metadata.name.clone();
-    apply(&mut slices, run(&web(json!({})), &[pod("p", "10.0.0.1", true)], &slices), &mut serial);
+    let written = run(&web(json!({})), &[pod("p", "10.0.0.1", true)], &slices);
+    apply(&mut slices, written, &mut serial);
     assert_eq!((slices.len(), &slices[0].metadata.name), (1, &name));
     assert_eq!(addresses(&slices[0]), ["10.0.0.1"]);
-    apply(&mut slices, run(&web(json!({})), &[], &slices), &mut serial);
+    let written = run(&web(json!({})), &[], &slices);
+    apply(&mut slices, written, &mut serial);
     assert_eq!((slices.len(), &slices[0].metadata.name), (1, &name), "emptied, not replaced");
     assert!(addresses(&slices[0]).is_empty());
 }
@@ -252,7 +255,8 @@ fn packing() {
     apply(&mut slices, changes, &mut serial);
     // Sparse slices are not merged.
     let some: Vec<_> = many(0..202).into_iter().step_by(3).collect();
-    apply(&mut slices, run(&service, &some, &slices), &mut serial);
+    let written = run(&service, &some, &slices);
+    apply(&mut slices, written, &mut serial);
     assert_eq!(slices.len(), 3);
 }
 
@@ -285,7 +289,8 @@ fn hints() {
 #[test]
 fn proportional_hints_or_the_reason_why_not() {
     let mut service = web(json!({}));
-    service.metadata.annotations = Some(BTreeMap::from([("service.kubernetes.io/topology-mode".into(), "Auto".into())]));
+    service.metadata.annotations =
+        Some(BTreeMap::from([("service.kubernetes.io/topology-mode".into(), "Auto".into())]));
     let on = |count: usize, node: &str, from: usize| -> Vec<Arc<Pod>> {
         (0..count)
             .map(|i| {
@@ -297,7 +302,11 @@ fn proportional_hints_or_the_reason_why_not() {
     let few = run(&service, &on(1, "n1", 0), &[]);
     assert_eq!(
         few.events,
-        [(true, "TopologyAwareHintsDisabled", "Insufficient number of endpoints (1 endpoints, 2 zones), addressType: IPv4".to_string())]
+        [(
+            true,
+            "TopologyAwareHintsDisabled",
+            "Insufficient number of endpoints (1 endpoints, 2 zones), addressType: IPv4".to_string()
+        )]
     );
     // Five in one zone, one in the other: each zone wants three, so zone 2 gets what it lacks from zone 1.
     let mut pods = on(5, "n1", 0);
@@ -318,7 +327,8 @@ fn trigger_time_is_the_creation_first_and_then_the_oldest_new_change() {
     let at = |second: i64| k8s_openapi::jiff::Timestamp::from_second(second).unwrap();
     service.metadata.creation_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(at(5)));
     let changed = |name: &str, second: i64| {
-        let extra = json!({"status": {"conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": at(second)}]}});
+        let extra =
+            json!({"status": {"conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": at(second)}]}});
         pod_with(name, "10.0.0.1", true, extra)
     };
     let mut times = TriggerTimes::default();
@@ -339,7 +349,8 @@ fn endpoints_object() {
     assert_eq!(ips(&subset.addresses), ["10.0.0.3", "10.0.0.20"], "sorted by address, not by text");
     assert_eq!(ips(&subset.not_ready_addresses), ["10.0.0.1"]);
     assert!(endpoints::reconcile(&service, &pods, Some(&made), None).is_none(), "equal objects are not written");
-    let terminating = pod_with("a", "10.0.0.3", true, json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}));
+    let terminating =
+        pod_with("a", "10.0.0.3", true, json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}));
     let left = endpoints::reconcile(&service, &[terminating], None, None).unwrap();
     assert!(left.subsets.is_none());
 }
@@ -376,10 +387,17 @@ fn mirroring() {
     let v4 = changes.create.iter().find(|s| s.address_type == "IPv4").unwrap();
     assert_eq!(addresses(v4), ["10.0.0.1", "10.0.0.3"], "equal ports share a slice");
     let first = v4.endpoints.as_ref().unwrap()[0].conditions.as_ref().unwrap();
-    assert_eq!((first.ready, first.serving, first.terminating), (Some(false), None, None), "not ready anywhere is not ready");
+    assert_eq!(
+        (first.ready, first.serving, first.terminating),
+        (Some(false), None, None),
+        "not ready anywhere is not ready"
+    );
     assert_eq!(v4.metadata.labels.as_ref().unwrap()[MANAGED_BY], MIRROR_CONTROLLER);
     assert_eq!(v4.metadata.annotations.as_ref().unwrap()["a"], "1");
-    assert_eq!(changes.events, [(true, "InvalidIPAddress", "Skipped 1 invalid IP addresses when mirroring to EndpointSlices".to_string())]);
+    assert_eq!(
+        changes.events,
+        [(true, "InvalidIPAddress", "Skipped 1 invalid IP addresses when mirroring to EndpointSlices".to_string())]
+    );
     let mut slices = Vec::new();
     apply(&mut slices, changes, &mut 0);
     assert_eq!(slices.len(), 2);
