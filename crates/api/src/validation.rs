@@ -11,6 +11,7 @@ mod ingress;
 mod metadata;
 mod network;
 mod pod;
+mod pod_text;
 mod service;
 mod warning;
 mod workload;

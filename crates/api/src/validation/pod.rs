@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Faults, same, strings};
+use super::{Faults, pod_text, same, strings};
 use crate::meta;
 use crate::status::FieldError;
 
@@ -94,6 +94,14 @@ pub(super) fn update(faults: &mut Faults, new: &Value, old: &Value) {
             return;
         }
     }
+    // The image is judged once more as a field that may change.
+    for list in ["containers", "initContainers"] {
+        for (i, container) in meta::list(spec, &[list]).iter().enumerate() {
+            if meta::text(container, &["image"]).is_empty() {
+                faults.required(format!("spec.{list}[{i}].image"), "");
+            }
+        }
+    }
     if let Some(before) = stored.get("activeDeadlineSeconds").and_then(Value::as_i64) {
         match spec.get("activeDeadlineSeconds").and_then(Value::as_i64) {
             None => faults.invalid(
@@ -154,35 +162,8 @@ pub(super) fn update(faults: &mut Faults, new: &Value, old: &Value) {
         }
     }
     if !same(&allowed, stored) {
-        faults.forbidden("spec", format!("{UPDATABLE}\n{}", diff(stored, &allowed)));
+        faults.forbidden("spec", format!("{UPDATABLE}\n{}", pod_text::diff(stored, &allowed)));
     }
-}
-
-/// The lines in which two documents differ, with context, as `diff -u` shows them.
-fn diff(old: &Value, new: &Value) -> String {
-    const CONTEXT: usize = 3;
-    let lines = |value: &Value| -> Vec<String> {
-        serde_json::to_string_pretty(value).unwrap_or_default().lines().map(str::to_owned).collect()
-    };
-    let (a, b) = (lines(old), lines(new));
-    let same_head = a.iter().zip(&b).take_while(|(x, y)| x == y).count();
-    let same_tail = a[same_head..].iter().rev().zip(b[same_head..].iter().rev()).take_while(|(x, y)| x == y).count();
-    let start = same_head.saturating_sub(CONTEXT);
-    let (a_end, b_end) = (a.len() - same_tail, b.len() - same_tail);
-    let after = same_tail.min(CONTEXT);
-    let mut text = format!("@@ -{},{} +{},{} @@\n", start + 1, a_end + after - start, start + 1, b_end + after - start);
-    let mut push = |mark: char, lines: &[String]| {
-        for line in lines {
-            text.push(mark);
-            text.push_str(line);
-            text.push('\n');
-        }
-    };
-    push(' ', &a[start..same_head]);
-    push('-', &a[same_head..a_end]);
-    push('+', &b[same_head..b_end]);
-    push(' ', &a[a_end..a_end + after]);
-    text
 }
 
 /// Rules of a pod spec at a path, of a Pod or of a template.
@@ -962,17 +943,6 @@ fn handler(faults: &mut Faults, field: &str, handler: &Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_diff_shows_the_changed_lines_with_context() {
-        let (old, new) = (json!({"a": 1, "b": 2, "c": 3}), json!({"a": 1, "b": 9, "c": 3}));
-        assert_eq!(
-            diff(&old, &new),
-            "@@ -1,5 +1,5 @@\n {\n   \"a\": 1,\n-  \"b\": 2,\n+  \"b\": 9,\n   \"c\": 3\n }\n"
-        );
-        // Nothing in common at the ends must not panic.
-        assert!(diff(&json!([]), &json!({"x": [1, 2]})).starts_with("@@"));
-    }
 
     #[test]
     fn amounts_compare_by_size() {

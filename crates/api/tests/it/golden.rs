@@ -9,8 +9,6 @@ use crate::server::Server;
 /// Cases that this pipeline does not answer as recorded, with the reason.
 const NOT_HERE: &[(&str, &str)] = &[
     ("ingress-validation-empty", "an empty list is printed as null, because decoding drops it"),
-    ("pod-validation-update", "the appended diff shows the document, not the reference implementation's structures"),
-    ("pod-validation-ephemeral", "as pod-validation-update"),
     ("api-errors-ownerrefs", "repeated owner references are taken out before this pipeline"),
     ("api-status-pod-patch", "podIP and podIPs are brought in step before this pipeline"),
     ("api-status-pod-ips", "as api-status-pod-patch"),
@@ -194,6 +192,11 @@ fn tables_are_filled_as_recorded() {
 #[test]
 fn definitions_are_judged_as_recorded() {
     run("crd.jsonl", BOTH, &["crd-invalid"]);
+}
+
+#[test]
+fn pod_changes_are_refused_as_recorded() {
+    run("api-patch.jsonl", BOTH, &["api-patch-merge-pod"]);
 }
 
 #[test]
