@@ -491,7 +491,10 @@ fn supported_field(kind: &Kind, label: &str, custom: &[String]) -> Result<String
         return Ok(label.to_owned());
     }
     let unknown = || Status::bad_request(format!("field label not supported: {label}"));
-    let Some(fields) = (if kind.custom { None } else { extra_fields(kind) }) else {
+    if kind.custom {
+        return Err(unknown());
+    }
+    let Some(fields) = extra_fields(kind) else {
         return Err(Status::bad_request(format!(
             "\"{label}\" is not a known field selector: only \"metadata.name\", \"metadata.namespace\""
         )));

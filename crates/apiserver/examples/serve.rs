@@ -15,6 +15,7 @@ async fn main() -> anyhow::Result<()> {
     portolan_observe::init_tracing("warn");
     let mut config = ServerConfig::new("203.0.113.10:6443".parse()?);
     let mut listen = "127.0.0.1:0".to_owned();
+    config.disable_admission_plugins.clear();
     let mut kubeconfig = None;
     let mut ranges = Vec::new();
     let mut arguments = std::env::args().skip(1);

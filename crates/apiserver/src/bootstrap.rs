@@ -10,7 +10,6 @@ use portolan_api::service;
 use portolan_api::status::Status;
 use serde_json::{Value, json};
 
-use crate::auth::User;
 use crate::catalog::Catalog;
 use crate::config::ServerConfig;
 use crate::server::Inner;
@@ -66,9 +65,8 @@ pub async fn run(
     surplus: Vec<String>,
 ) -> Result<(), Status> {
     let now = Timestamp::now();
-    let user = User::component("system:apiserver");
     let catalog = inner.catalog.load_full();
-    let boot = Boot { pipeline: Pipeline { server: inner, catalog: &catalog, user: &user, now }, catalog: &catalog };
+    let boot = Boot { pipeline: Pipeline { server: inner, catalog: &catalog, now }, catalog: &catalog };
     inner
         .store
         .transact(|txn| {

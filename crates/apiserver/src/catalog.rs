@@ -49,6 +49,8 @@ pub struct Custom {
     pub storage_version: String,
     /// Text of the warning for a deprecated version.
     pub deprecation: Option<String>,
+    /// The definition is going away: no new objects.
+    pub terminating: bool,
 }
 
 /// A document that is made once and then sent again and again.

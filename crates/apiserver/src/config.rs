@@ -94,7 +94,8 @@ impl ServerConfig {
             listeners: Vec::new(),
             dialer: Arc::new(NoDialer),
             admin_token: None,
-            disable_admission_plugins: Vec::new(),
+            // Nothing takes the taint of new Nodes away before there is a node life cycle controller.
+            disable_admission_plugins: vec!["TaintNodesByCondition".to_owned()],
             observer: Observer::new(),
         }
     }

@@ -556,7 +556,6 @@ async fn route(
         catalog,
         entry,
         target,
-        method: parts.method,
         verb,
         query,
         headers: parts.headers,
@@ -572,7 +571,13 @@ async fn route(
             }
             Ok(answer)
         }
-        Ok(Err(status)) => Err(status),
+        Ok(Err(status)) => {
+            let mut answer = failure(&status);
+            if let Some(text) = deprecated {
+                crate::headers::add_warning_once(answer.headers_mut(), &text);
+            }
+            Ok(answer)
+        }
         Err(_) => {
             let text = "Timeout: request did not complete within the allotted timeout";
             Err(Status::new(504, "Timeout", text))
@@ -611,7 +616,14 @@ fn find(catalog: &Catalog, target: &Target) -> Result<Arc<Entry>, Option<Status>
         Some(name) => {
             let known = kind.subresource(name).is_some();
             let deeper = !target.rest.is_empty() && name != "proxy";
-            if known && !deeper { Ok(entry.clone()) } else { Err(missing()) }
+            if known && !deeper {
+                Ok(entry.clone())
+            } else if kind.custom && matches!(name.as_str(), "status" | "scale") && !deeper {
+                // The definition could turn it on: the object is what is missing.
+                Err(Some(Status::not_found(kind, target.name.as_deref().unwrap_or_default())))
+            } else {
+                Err(missing())
+            }
         }
     }
 }

@@ -15,6 +15,7 @@ use super::options::{DeleteOptions, ListOptions, Policy};
 use super::{Call, Pipeline, read, render, value_in, write_answer};
 use crate::admission::PERMANENT_NAMESPACES;
 use crate::catalog::Entry;
+use crate::crd;
 use crate::negotiate;
 use crate::response::{Body, json};
 use crate::store::{Key, Object, Txn};
@@ -186,7 +187,11 @@ impl Pipeline<'_> {
         if kind.is("", "Namespace") && PERMANENT_NAMESPACES.contains(&&*key.name) {
             return Err(Status::forbidden(kind, &key.name, "this namespace may not be deleted"));
         }
-        match decide(kind, &old.value, options, self.now) {
+        let mut current = old.value.clone();
+        if kind.is("apiextensions.k8s.io", "CustomResourceDefinition") {
+            crd::prepare_delete(&mut current, self.now);
+        }
+        match decide(kind, &current, options, self.now) {
             Decision::Keep => Ok(Outcome::Waiting(old)),
             Decision::Mark(value) => {
                 let object = txn.put(&entry.collection, key, value);

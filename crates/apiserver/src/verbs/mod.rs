@@ -13,7 +13,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::header::{ACCEPT, CONTENT_TYPE, HeaderMap, USER_AGENT};
-use http::{Method, Response};
+use http::Response;
 use jiff::Timestamp;
 use portolan_api::status::Status;
 use serde_json::Value;
@@ -26,7 +26,7 @@ use crate::response::Body;
 use crate::server::Inner;
 use crate::store::{Key, Txn};
 
-pub use options::WriteOptions;
+pub use options::{DeleteOptions, WriteOptions};
 pub use render::value_in;
 pub use subresource::binding;
 pub use write::{Change, Pipeline, Tracking};
@@ -41,8 +41,6 @@ pub struct Call {
     pub entry: Arc<Entry>,
     /// The objects it is about.
     pub target: Target,
-    /// HTTP method.
-    pub method: Method,
     /// The verb, as in authorization.
     pub verb: &'static str,
     /// Query parameters.
@@ -121,7 +119,7 @@ impl Call {
     }
 
     fn pipeline(&self) -> Pipeline<'_> {
-        Pipeline { server: &self.server, catalog: &self.catalog, user: &self.user, now: self.now }
+        Pipeline { server: &self.server, catalog: &self.catalog, now: self.now }
     }
 }
 

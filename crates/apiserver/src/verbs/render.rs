@@ -198,6 +198,11 @@ pub fn list(call: &Call, objects: &[Arc<Object>], metadata: Value) -> Result<Res
     let Representation { encoding, shape } = call.representation()?;
     let entry = &call.entry;
     check_shape(entry, shape, true)?;
+    let mut metadata = metadata;
+    if entry.kind.custom && metadata.get("continue").is_none() {
+        // Lists of custom objects always show the field.
+        metadata["continue"] = json!("");
+    }
     match shape {
         Shape::Object if encoding == Encoding::Json => Ok(answer(200, JSON, full(list_json(entry, objects, &metadata)))),
         Shape::Object => {

@@ -16,9 +16,9 @@ use serde_json::{Value, json};
 use super::options::{WriteOptions, revision};
 use super::{Call, render, value_in, write_answer};
 use crate::admission;
-use crate::auth::User;
 use crate::catalog::{Catalog, Entry};
 use crate::convert;
+use crate::crd;
 use crate::negotiate;
 use crate::response::Body;
 use crate::server::Inner;
@@ -63,8 +63,6 @@ pub struct Pipeline<'a> {
     pub server: &'a Arc<Inner>,
     /// Kinds.
     pub catalog: &'a Arc<Catalog>,
-    /// Who writes.
-    pub user: &'a User,
     /// When.
     pub now: Timestamp,
 }
@@ -86,6 +84,10 @@ impl Pipeline<'_> {
     ) -> Result<Arc<Object>, Status> {
         let kind = &*entry.kind;
         let ty = document_type(entry)?;
+        if entry.custom.as_ref().is_some_and(|custom| custom.terminating) {
+            // The definition is going away, and this object would hold it up.
+            return Err(Status::method_not_allowed());
+        }
         let given_revision = meta::resource_version(&new).to_owned();
         if kind.namespaced {
             admission::namespace(kind, namespace, meta::name(&new), txn.state())?;
@@ -111,7 +113,14 @@ impl Pipeline<'_> {
             None
         };
         strategy::prepare_create(kind, &mut new);
-        let faults = validation::validate_create(kind, &new);
+        let definition = kind.is("apiextensions.k8s.io", "CustomResourceDefinition");
+        if definition {
+            crd::prepare_create(&mut new);
+        }
+        let mut faults = validation::validate_create(kind, &new);
+        if let Some(custom) = &entry.custom {
+            faults.extend(crd::validate_value(&custom.schema, &new));
+        }
         if !faults.is_empty() {
             return Err(Status::invalid(kind, meta::name(&new), &faults));
         }
@@ -177,7 +186,11 @@ impl Pipeline<'_> {
     }
 
     /// Stores a document of the entry's kind.
-    fn put(&self, txn: &mut Txn, entry: &Entry, key: &Key, value: Value) -> Result<Arc<Object>, Status> {
+    fn put(&self, txn: &mut Txn, entry: &Entry, key: &Key, mut value: Value) -> Result<Arc<Object>, Status> {
+        if let Some(custom) = &entry.custom {
+            // Versions without conversion differ in their name only.
+            value["apiVersion"] = json!(format!("{}/{}", entry.kind.group, custom.storage_version));
+        }
         let object = txn.put(&entry.collection, key, convert::to_storage(&entry.kind, value));
         if object.body.len() > OBJECT_MAX_BYTES {
             return Err(Status::too_large(OBJECT_MAX_BYTES));
@@ -259,11 +272,18 @@ impl Pipeline<'_> {
             None
         };
         strategy::prepare_update(kind, &mut new, &old_value, change.subresource);
+        let definition = kind.is("apiextensions.k8s.io", "CustomResourceDefinition");
+        if definition && change.subresource.is_none() {
+            crd::prepare_update(&mut new);
+        }
         // A binding changes what an update may not; its own rules have been checked.
-        let faults = match change.subresource {
+        let mut faults = match change.subresource {
             Some("binding") => Vec::new(),
             subresource => validation::validate_update(kind, &new, &old_value, subresource),
         };
+        if let Some(custom) = &entry.custom {
+            faults.extend(crd::validate_value(&custom.schema, &new));
+        }
         if !faults.is_empty() {
             return Err(Status::invalid(kind, &name, &faults));
         }
@@ -378,7 +398,42 @@ fn named(call: &Call, new: &mut Value) -> Result<(), Status> {
 fn decoded(call: &Call, options: WriteOptions) -> Result<Admitted, Status> {
     let ty = document_type(&call.entry)?;
     let format = negotiate::body_format(call.content_type(), call.entry.kind.custom)?;
+    if call.entry.kind.custom {
+        check_custom_kind(call, format)?;
+    }
     strict::decode(ty, format, &call.body, options.validation)
+}
+
+/// Most bytes of a body that an error about it shows.
+const SHOWN_BYTES: usize = 30;
+
+/// Custom objects must say their kind, and another one is a fault of the field.
+fn check_custom_kind(call: &Call, format: strict::Format) -> Result<(), Status> {
+    let value: Option<Value> = match format {
+        strict::Format::Json => serde_json::from_slice(&call.body).ok(),
+        strict::Format::Yaml => serde_saphyr::from_slice(&call.body).ok(),
+        strict::Format::Protobuf => None,
+    };
+    // What cannot be read is the decoder's to say.
+    let Some(Value::Object(fields)) = value else { return Ok(()) };
+    let kind = &call.entry.kind;
+    match fields.get("kind").and_then(Value::as_str).unwrap_or_default() {
+        "" => {
+            let body = String::from_utf8_lossy(&call.body);
+            let shown: String = body.chars().take(SHOWN_BYTES).collect();
+            let dots = if shown.len() < body.len() { " ..." } else { "" };
+            Err(Status::bad_request(format!(
+                "the object provided is unrecognized (must be of type {}): Object 'Kind' is missing in '{body}' ({shown}{dots})",
+                kind.kind
+            )))
+        }
+        given if given != kind.kind => {
+            let name = fields.get("metadata").map(|metadata| meta::text(metadata, &["name"])).unwrap_or_default();
+            let fault = FieldError::invalid("kind", given, format!("must be {}", kind.kind));
+            Err(Status::invalid_kind(&kind.group, given, name, &[fault]))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Waits a little for the `default` ServiceAccount of a namespace: a Pod often comes right after its namespace, before
@@ -422,6 +477,9 @@ pub async fn create(call: &Call) -> Result<Response<Body>, Status> {
         Change { subresource: None, dry_run: options.dry_run, tracking: Tracking::Update { manager: &manager } };
     let kind = &call.entry.kind;
     warnings.extend(validation::warnings(kind, &new, None));
+    if kind.is("apiextensions.k8s.io", "CustomResourceDefinition") {
+        warnings.extend(crd::warnings(&new));
+    }
     let object = call
         .commit(options.dry_run, |txn| call.pipeline().create(txn, &call.entry, call.namespace(), new, change))
         .await?;

@@ -2,4 +2,5 @@
 
 mod crash;
 mod requests;
+mod streams;
 mod support;
