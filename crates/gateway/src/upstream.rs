@@ -1,0 +1,150 @@
+//! Connections to backends, kept per worker.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use hyper::client::conn::http1::{self, Parts, SendRequest};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, oneshot};
+
+use crate::body::Upload;
+use crate::proxy::Exchange;
+use crate::timers::Timers;
+
+/// How long an idle connection is kept, and how many per worker (nginx: `upstream-keepalive-timeout` and
+/// `upstream-keepalive-connections`).
+const KEEP: Duration = Duration::from_secs(60);
+const MOST_IDLE: usize = 320;
+/// Largest head of a response; larger ones are answered with 502.
+const MAX_RESPONSE_HEAD: usize = 64 << 10;
+
+/// Idle connections by backend.
+pub(crate) struct Pool {
+    timers: Timers,
+    idle: RefCell<HashMap<SocketAddr, Vec<Idle>>>,
+    count: Cell<usize>,
+    filled: Notify,
+}
+
+struct Idle {
+    sender: SendRequest<Upload>,
+    since_ms: u64,
+}
+
+/// A connection in use, to be given back after its response was read to the end.
+pub(crate) struct Lease {
+    pub sender: SendRequest<Upload>,
+    pub address: SocketAddr,
+}
+
+impl Lease {
+    pub fn give_back(self, exchange: &Exchange) {
+        // A response that came before the whole request was sent leaves the connection in the middle of a request.
+        if exchange.progress.complete.get() {
+            exchange.worker.pool.put(self);
+        }
+    }
+}
+
+/// A connection that will stop speaking HTTP, and where its remains arrive.
+pub(crate) type Remains = oneshot::Receiver<Parts<TokioIo<TcpStream>>>;
+
+impl Pool {
+    pub fn new(timers: Timers) -> Pool {
+        Pool { timers, idle: RefCell::default(), count: Cell::new(0), filled: Notify::new() }
+    }
+
+    /// An idle connection that seems to be alive.
+    pub async fn take(&self, address: SocketAddr) -> Option<SendRequest<Upload>> {
+        loop {
+            let idle = {
+                let mut all = self.idle.borrow_mut();
+                let idle = all.get_mut(&address)?.pop()?;
+                self.count.set(self.count.get() - 1);
+                idle
+            };
+            let mut sender = idle.sender;
+            // Its task may have yet to notice that the last response has ended.
+            if !sender.is_closed() && (sender.is_ready() || sender.ready().await.is_ok()) {
+                return Some(sender);
+            }
+        }
+    }
+
+    fn put(&self, lease: Lease) {
+        if self.count.get() >= MOST_IDLE || lease.sender.is_closed() {
+            return;
+        }
+        let idle = Idle { sender: lease.sender, since_ms: self.timers.now_ms() };
+        self.idle.borrow_mut().entry(lease.address).or_default().push(idle);
+        if self.count.replace(self.count.get() + 1) == 0 {
+            self.filled.notify_one();
+        }
+    }
+
+    /// Closes connections that were idle for too long, for ever. Sleeps while there are none.
+    pub async fn expire(self: Rc<Self>) {
+        loop {
+            if self.count.get() == 0 {
+                self.filled.notified().await;
+            }
+            tokio::time::sleep(KEEP / 2).await;
+            let now = self.timers.now_ms();
+            let keep = u64::try_from(KEEP.as_millis()).unwrap_or(u64::MAX);
+            let mut left = 0;
+            self.idle.borrow_mut().retain(|_, list| {
+                list.retain(|idle| now - idle.since_ms < keep && !idle.sender.is_closed());
+                left += list.len();
+                !list.is_empty()
+            });
+            self.count.set(left);
+        }
+    }
+
+    /// Forgets all idle connections.
+    pub fn clear(&self) {
+        self.idle.borrow_mut().clear();
+        self.count.set(0);
+    }
+}
+
+fn builder() -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder.title_case_headers(true).max_header_size(MAX_RESPONSE_HEAD);
+    builder
+}
+
+/// Opens a connection.
+pub(crate) async fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Begins HTTP on a connection that is to be used again.
+pub(crate) async fn begin(stream: TcpStream) -> hyper::Result<SendRequest<Upload>> {
+    let (sender, connection) = builder().handshake(TokioIo::new(stream)).await?;
+    tokio::task::spawn_local(async move {
+        if let Err(error) = connection.await {
+            tracing::trace!(%error, "upstream connection ended");
+        }
+    });
+    Ok(sender)
+}
+
+/// Begins HTTP on a connection that may switch to another protocol.
+pub(crate) async fn begin_upgrade(stream: TcpStream) -> hyper::Result<(SendRequest<Upload>, Remains)> {
+    let (sender, connection) = builder().handshake(TokioIo::new(stream)).await?;
+    let (give, take) = oneshot::channel();
+    tokio::task::spawn_local(async move {
+        if let Ok(parts) = connection.without_shutdown().await {
+            // Nobody waits when the backend did not switch.
+            let _ = give.send(parts);
+        }
+    });
+    Ok((sender, take))
+}
