@@ -12,13 +12,8 @@ use serde_json::{Value, json};
 use crate::store::{Key, Snapshot};
 
 /// Plugins that can be switched off (`--disable-admission-plugins`).
-pub const PLUGINS: &[&str] = &[
-    "DefaultIngressClass",
-    "DefaultTolerationSeconds",
-    "Priority",
-    "ServiceAccount",
-    "TaintNodesByCondition",
-];
+pub const PLUGINS: &[&str] =
+    &["DefaultIngressClass", "DefaultTolerationSeconds", "Priority", "ServiceAccount", "TaintNodesByCondition"];
 
 /// Which plugins run.
 #[derive(Clone, Debug, Default)]
@@ -95,9 +90,8 @@ fn service_account(kind: &Kind, pod: &mut Value, state: &Snapshot) -> Result<(),
     meta::set(pod, &["spec", "serviceAccountName"], json!(account));
     meta::set(pod, &["spec", "serviceAccount"], json!(account));
     let Some(found) = state.get("serviceaccounts", &Key::new(&namespace, &account)) else {
-        let why = format!(
-            "error looking up service account {namespace}/{account}: serviceaccount \"{account}\" not found"
-        );
+        let why =
+            format!("error looking up service account {namespace}/{account}: serviceaccount \"{account}\" not found");
         return Err(Status::forbidden(kind, meta::name(pod), why));
     };
     let found = &found.value;
@@ -124,9 +118,8 @@ fn mount_token(pod: &mut Value) {
     if !needed {
         return;
     }
-    let volume = meta::generate_name("kube-api-access-", |n| {
-        usize::try_from(crate::services::pick(n as u64)).unwrap_or(0)
-    });
+    let volume =
+        meta::generate_name("kube-api-access-", |n| usize::try_from(crate::services::pick(n as u64)).unwrap_or(0));
     for list in lists {
         let Some(containers) = pod["spec"].get_mut(list).and_then(Value::as_array_mut) else { continue };
         for container in containers.iter_mut().filter(|container| !mounted(container)) {
@@ -171,7 +164,11 @@ fn priority(kind: &Kind, pod: &mut Value, state: &Snapshot) -> Result<(), Status
         name => match state.get("priorityclasses.scheduling.k8s.io", &Key::new("", name)) {
             Some(found) => class_values(&found.value),
             None => {
-                return Err(Status::forbidden(kind, meta::name(pod), format!("no PriorityClass with name {name} was found")));
+                return Err(Status::forbidden(
+                    kind,
+                    meta::name(pod),
+                    format!("no PriorityClass with name {name} was found"),
+                ));
             }
         },
     };

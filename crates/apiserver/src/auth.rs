@@ -55,11 +55,7 @@ impl User {
     }
 
     fn anonymous() -> User {
-        User {
-            name: ANONYMOUS.to_owned(),
-            groups: vec!["system:unauthenticated".to_owned()],
-            ..User::default()
-        }
+        User { name: ANONYMOUS.to_owned(), groups: vec!["system:unauthenticated".to_owned()], ..User::default() }
     }
 
     fn is_in(&self, group: &str) -> bool {
@@ -114,13 +110,7 @@ impl Authenticator {
     }
 
     /// The user behind a bearer token and the audiences it is good for.
-    pub fn bearer(
-        &self,
-        token: &str,
-        audiences: &[String],
-        state: &Snapshot,
-        now: i64,
-    ) -> Option<(User, Vec<String>)> {
+    pub fn bearer(&self, token: &str, audiences: &[String], state: &Snapshot, now: i64) -> Option<(User, Vec<String>)> {
         if let Some(admin) = &self.admin_token
             && aws_lc_rs::constant_time::verify_slices_are_equal(admin.as_bytes(), token.as_bytes()).is_ok()
         {
@@ -205,7 +195,8 @@ mod tests {
     fn anonymous_reads_health_and_version_only() {
         let path = |path| Attributes { verb: "get", group: "", resource: "", namespace: "", path };
         let anonymous = User::anonymous();
-        for (text, want) in [("/healthz", true), ("/livez/ping", true), ("/version/", true), ("/api", false), ("/healthzz", false)]
+        for (text, want) in
+            [("/healthz", true), ("/livez/ping", true), ("/version/", true), ("/api", false), ("/healthzz", false)]
         {
             assert_eq!(may(&anonymous, &path(text)), want, "{text}");
         }

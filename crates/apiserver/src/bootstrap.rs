@@ -81,8 +81,16 @@ pub async fn run(
                 boot.ensure(txn, "", "namespaces", value)?;
             }
             for (name, value, text) in [
-                ("system-cluster-critical", 2_000_000_000, "Used for system critical pods that must run in the cluster."),
-                ("system-node-critical", 2_000_001_000, "Used for system critical pods that must not be moved from their node."),
+                (
+                    "system-cluster-critical",
+                    2_000_000_000,
+                    "Used for system critical pods that must run in the cluster.",
+                ),
+                (
+                    "system-node-critical",
+                    2_000_001_000,
+                    "Used for system critical pods that must not be moved from their node.",
+                ),
             ] {
                 let class = json!({"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass",
                     "metadata": {"name": name}, "value": value, "description": text});

@@ -86,7 +86,9 @@ impl ServerConfig {
         ServerConfig {
             data_dir: None,
             durability: Durability::Synced,
-            service_cidrs: vec![IpNet::new(IpAddr::from([10, 96, 0, 0]), 12).expect("12 is a length of an IPv4 prefix")],
+            service_cidrs: vec![
+                IpNet::new(IpAddr::from([10, 96, 0, 0]), 12).expect("12 is a length of an IPv4 prefix"),
+            ],
             node_port_range: (30000, 32767),
             advertise,
             extra_sans: Vec::new(),

@@ -72,10 +72,8 @@ pub fn synchronize(kind: &Kind, value: &mut Value) {
 
 fn rename(value: Value, api_version: &str, name: impl Fn(&str) -> Option<&'static str>) -> Value {
     let Value::Object(fields) = value else { return value };
-    let mut renamed: Map<String, Value> = fields
-        .into_iter()
-        .map(|(key, value)| (name(&key).map_or(key, str::to_owned), value))
-        .collect();
+    let mut renamed: Map<String, Value> =
+        fields.into_iter().map(|(key, value)| (name(&key).map_or(key, str::to_owned), value)).collect();
     renamed.insert("apiVersion".to_owned(), json!(api_version));
     Value::Object(renamed)
 }
@@ -91,7 +89,10 @@ mod tests {
         let pod = registry.by_type_meta("v1", "Pod").expect("built in");
         let rows = [
             (json!({"podIP": "1"}), json!({"podIP": "1", "podIPs": [{"ip": "1"}]})),
-            (json!({"podIPs": [{"ip": "1"}, {"ip": "2"}]}), json!({"podIP": "1", "podIPs": [{"ip": "1"}, {"ip": "2"}]})),
+            (
+                json!({"podIPs": [{"ip": "1"}, {"ip": "2"}]}),
+                json!({"podIP": "1", "podIPs": [{"ip": "1"}, {"ip": "2"}]}),
+            ),
             (json!({"podIP": "3", "podIPs": [{"ip": "1"}]}), json!({"podIP": "3", "podIPs": [{"ip": "3"}]})),
             (json!({}), json!({})),
         ];
@@ -110,7 +111,10 @@ mod tests {
             "regarding": {"kind": "Pod"}, "note": "text", "reportingController": "c", "deprecatedCount": 2});
         let stored = to_storage(kind, event.clone());
         assert_eq!(stored["involvedObject"]["kind"], "Pod");
-        assert_eq!((&stored["apiVersion"], &stored["message"], &stored["count"]), (&json!("v1"), &json!("text"), &json!(2)));
+        assert_eq!(
+            (&stored["apiVersion"], &stored["message"], &stored["count"]),
+            (&json!("v1"), &json!("text"), &json!(2))
+        );
         assert_eq!(from_storage(kind, stored), event);
     }
 }

@@ -80,7 +80,8 @@ fn set_condition(definition: &mut Value, name: &str, status: &str, reason: &str,
     let since = old
         .filter(|i| meta::text(&conditions[*i], &["status"]) == status)
         .map_or_else(|| json!(meta::format_time(now)), |i| conditions[i]["lastTransitionTime"].clone());
-    let new = json!({"type": name, "status": status, "lastTransitionTime": since, "reason": reason, "message": message});
+    let new =
+        json!({"type": name, "status": status, "lastTransitionTime": since, "reason": reason, "message": message});
     match old {
         Some(i) => conditions[i] = new,
         None => conditions.push(new),
@@ -91,7 +92,11 @@ fn set_condition(definition: &mut Value, name: &str, status: &str, reason: &str,
 /// All names a definition takes in its group.
 fn names(definition: &Value) -> BTreeSet<String> {
     let names = ["plural", "singular"].map(|field| meta::text(definition, &["spec", "names", field]).to_owned());
-    names.into_iter().chain(texts(definition, &["spec", "names", "shortNames"])).filter(|name| !name.is_empty()).collect()
+    names
+        .into_iter()
+        .chain(texts(definition, &["spec", "names", "shortNames"]))
+        .filter(|name| !name.is_empty())
+        .collect()
 }
 
 fn kinds_of(definition: &Value) -> BTreeSet<String> {
@@ -121,7 +126,9 @@ fn served(snapshot: &Snapshot) -> Vec<Value> {
     let established: Vec<&Value> = all.iter().copied().filter(|d| is_true(d, "Established")).collect();
     let mut served: Vec<&Value> = established.clone();
     for definition in all {
-        if !is_true(definition, "Established") && !meta::is_deleting(definition) && conflict(definition, &served).is_none()
+        if !is_true(definition, "Established")
+            && !meta::is_deleting(definition)
+            && conflict(definition, &served).is_none()
         {
             served.push(definition);
         }

@@ -11,16 +11,11 @@ use crate::response::{Body, failure, json, no_such_page};
 use crate::server::cached_answer;
 
 /// Answers `/api` and `/apis`.
-pub fn groups(
-    catalog: &Catalog,
-    core: bool,
-    accept: &str,
-    headers: &http::HeaderMap,
-    address: &str,
-) -> Response<Body> {
+pub fn groups(catalog: &Catalog, core: bool, accept: &str, headers: &http::HeaderMap, address: &str) -> Response<Body> {
     if let Some(version) = negotiate::aggregated_discovery(accept) {
         let name = format!("discovery/{version}/{core}");
-        let document = catalog.document(&name, || aggregated(&catalog.registry, core, version).to_string().into_bytes());
+        let document =
+            catalog.document(&name, || aggregated(&catalog.registry, core, version).to_string().into_bytes());
         let content_type = format!("application/json;g=apidiscovery.k8s.io;v={version};as=APIGroupDiscoveryList");
         return cached_answer(&document, headers, &content_type, &format!("\"{}\"", document.hash));
     }

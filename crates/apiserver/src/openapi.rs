@@ -70,8 +70,7 @@ pub fn v2(catalog: &Catalog, accept: &str, headers: &HeaderMap) -> Response<Body
         let content_type = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
         return cached_answer(&document, headers, content_type, &format!("\"{}\"", document.hash));
     }
-    let document = catalog.document("openapi/v2", || {
-        openapi::v2_document(&catalog.registry, &catalog.schemas).to_string().into_bytes()
-    });
+    let document = catalog
+        .document("openapi/v2", || openapi::v2_document(&catalog.registry, &catalog.schemas).to_string().into_bytes());
     cached_answer(&document, headers, "application/json", &format!("\"{}\"", document.hash))
 }

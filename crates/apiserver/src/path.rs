@@ -200,15 +200,9 @@ mod tests {
 
     fn target(path: &str) -> (String, String, String, Option<String>, Option<String>, Vec<String>, bool) {
         match Route::parse(path) {
-            Route::Resource(t) => (
-                t.group,
-                t.namespace.unwrap_or_default(),
-                t.resource,
-                t.name,
-                t.subresource,
-                t.rest,
-                t.watch_prefix,
-            ),
+            Route::Resource(t) => {
+                (t.group, t.namespace.unwrap_or_default(), t.resource, t.name, t.subresource, t.rest, t.watch_prefix)
+            }
             other => panic!("{path} is {other:?}"),
         }
     }
@@ -221,7 +215,10 @@ mod tests {
             ("/api/v1/namespaces/a/pods/b/log", ("", "a", "pods", some("b"), some("log"), 0, false)),
             ("/api/v1/namespaces/a/status", ("", "", "namespaces", some("a"), some("status"), 0, false)),
             ("/api/v1/namespaces/a", ("", "", "namespaces", some("a"), None, 0, false)),
-            ("/api/v1/namespaces/a/services/s:80/proxy/x/y", ("", "a", "services", some("s:80"), some("proxy"), 2, false)),
+            (
+                "/api/v1/namespaces/a/services/s:80/proxy/x/y",
+                ("", "a", "services", some("s:80"), some("proxy"), 2, false),
+            ),
             ("/api/v1/watch/namespaces/a/pods", ("", "a", "pods", None, None, 0, true)),
             ("/apis/apps/v1/namespaces/a/deployments/", ("apps", "a", "deployments", None, None, 0, false)),
             ("/apis/g/v1/nodes/a%2Fb", ("g", "", "nodes", some("a/b"), None, 0, false)),

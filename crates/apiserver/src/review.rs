@@ -56,18 +56,16 @@ fn subject(spec: &Value) -> Result<User, Status> {
     if name.is_empty() && groups.is_empty() {
         return Err(Status::bad_request("at least one of user or group must be specified"));
     }
-    Ok(User {
-        name: name.to_owned(),
-        groups: groups.into_iter().map(str::to_owned).collect(),
-        ..User::default()
-    })
+    Ok(User { name: name.to_owned(), groups: groups.into_iter().map(str::to_owned).collect(), ..User::default() })
 }
 
 fn access(user: &User, spec: &Value) -> Result<Value, Status> {
     let resource = &spec["resourceAttributes"];
     let path = &spec["nonResourceAttributes"];
     if resource.is_null() == path.is_null() {
-        return Err(Status::bad_request("exactly one of nonResourceAttributes or resourceAttributes must be specified"));
+        return Err(Status::bad_request(
+            "exactly one of nonResourceAttributes or resourceAttributes must be specified",
+        ));
     }
     let text = |value, field| meta::text(value, &[field]);
     let full_resource = match (text(resource, "resource"), text(resource, "subresource")) {

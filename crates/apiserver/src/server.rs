@@ -13,8 +13,8 @@ use flate2::write::GzEncoder;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use http::header::{
-    ACCEPT, ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderMap, HeaderValue,
-    IF_NONE_MATCH, VARY,
+    ACCEPT, ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderMap,
+    HeaderValue, IF_NONE_MATCH, VARY,
 };
 use http::{Method, Request, Response, StatusCode};
 use http_body::Body as _;
@@ -122,8 +122,7 @@ impl Server {
     pub async fn start(config: ServerConfig) -> Result<Server, Error> {
         let directory = config.data_dir.as_deref();
         if let Some(directory) = directory {
-            std::fs::create_dir_all(directory)
-                .map_err(|source| Error::File { path: directory.to_owned(), source })?;
+            std::fs::create_dir_all(directory).map_err(|source| Error::File { path: directory.to_owned(), source })?;
         }
         let authority = Arc::new(Authority::load(directory)?);
         let tokens = Tokens::new(&pki::token_key(directory)?)?;
@@ -137,7 +136,10 @@ impl Server {
             }
         };
         let ranges = &config.service_cidrs;
-        if ranges.is_empty() || ranges.len() > 2 || (ranges.len() == 2 && ranges[0].addr().is_ipv4() == ranges[1].addr().is_ipv4()) {
+        if ranges.is_empty()
+            || ranges.len() > 2
+            || (ranges.len() == 2 && ranges[0].addr().is_ipv4() == ranges[1].addr().is_ipv4())
+        {
             return Err(Error::ServiceRange("one range, or one of each IP family, is needed".to_owned()));
         }
         let (pools, missing, surplus) = Pools::rebuild(ranges, config.node_port_range, &store.snapshot());
@@ -243,9 +245,10 @@ impl Server {
 /// Names and addresses clients use for the server.
 fn server_names(config: &ServerConfig) -> Vec<String> {
     let domain = &config.cluster_domain;
-    let mut names: Vec<String> = ["localhost", "127.0.0.1", "::1", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
-        .map(str::to_owned)
-        .to_vec();
+    let mut names: Vec<String> =
+        ["localhost", "127.0.0.1", "::1", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
+            .map(str::to_owned)
+            .to_vec();
     names.push(format!("kubernetes.default.svc.{domain}"));
     names.push(config.advertise.ip().to_string());
     for range in &config.service_cidrs {
@@ -524,7 +527,9 @@ async fn route(
             return missing.map_or_else(|| Ok(no_such_page()), Err);
         }
     };
-    let watch = (target.watch_prefix || query.flag("watch")) && target.subresource.is_none() && (target.watch_prefix || target.name.is_none());
+    let watch = (target.watch_prefix || query.flag("watch"))
+        && target.subresource.is_none()
+        && (target.watch_prefix || target.name.is_none());
     let verb = path::verb(request.method(), target.name.is_some(), watch).ok_or_else(Status::method_not_allowed)?;
     labels.verb = verb.to_uppercase();
     labels.resource.clone_from(&entry.kind.plural);
@@ -551,18 +556,7 @@ async fn route(
     *long_running = watch;
     let (parts, body) = request.into_parts();
     let body = read_body(&parts.headers, body).await?;
-    let call = Call {
-        server: inner,
-        catalog,
-        entry,
-        target,
-        verb,
-        query,
-        headers: parts.headers,
-        user,
-        body,
-        now,
-    };
+    let call = Call { server: inner, catalog, entry, target, verb, query, headers: parts.headers, user, body, now };
     let deprecated = deprecation(&call.entry);
     match tokio::time::timeout(REQUEST_TIMEOUT, verbs::run(call)).await {
         Ok(Ok(mut answer)) => {
@@ -603,11 +597,8 @@ fn find(catalog: &Catalog, target: &Target) -> Result<Arc<Entry>, Option<Status>
     let entry = catalog.entry(&target.group, &target.version, &target.resource).ok_or_else(missing)?;
     let kind = &entry.kind;
     // An object of a namespaced kind has a namespace; one of a cluster-scoped kind has none.
-    let misplaced = if kind.namespaced {
-        target.namespace.is_none() && target.name.is_some()
-    } else {
-        target.namespace.is_some()
-    };
+    let misplaced =
+        if kind.namespaced { target.namespace.is_none() && target.name.is_some() } else { target.namespace.is_some() };
     if misplaced {
         return Err(missing());
     }
@@ -643,7 +634,8 @@ fn allowed(entry: &Entry, target: &Target, verb: &str) -> Result<(), Status> {
 }
 
 async fn read_body(headers: &HeaderMap, body: Body) -> Result<Bytes, Status> {
-    let declared = headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|text| text.parse::<usize>().ok());
+    let declared =
+        headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|text| text.parse::<usize>().ok());
     if declared.is_some_and(|length| length > BODY_MAX_BYTES) {
         return Err(Status::too_large(BODY_MAX_BYTES));
     }
@@ -743,7 +735,11 @@ fn health(inner: &Inner, endpoint: &str, rest: &[&str], query: &Query) -> Respon
             }
             let mut text: String = checks
                 .iter()
-                .map(|(name, ok)| if *ok { format!("[+]{name} ok\n") } else { format!("[-]{name} failed: reason withheld\n") })
+                .map(
+                    |(name, ok)| {
+                        if *ok { format!("[+]{name} ok\n") } else { format!("[-]{name} failed: reason withheld\n") }
+                    },
+                )
                 .collect();
             text.push_str(&format!("{endpoint} check {}\n", if healthy { "passed" } else { "failed" }));
             ok(healthy, text)

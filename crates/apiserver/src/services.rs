@@ -41,13 +41,8 @@ impl Pools {
         fn refs(objects: &[std::sync::Arc<crate::store::Object>]) -> Vec<&Value> {
             objects.iter().map(|object| &object.value).collect()
         }
-        let rebuilt = service::rebuild(
-            cidrs,
-            node_ports.0..=node_ports.1,
-            &refs(&services),
-            &refs(&addresses),
-            &refs(&ranges),
-        );
+        let rebuilt =
+            service::rebuild(cidrs, node_ports.0..=node_ports.1, &refs(&services), &refs(&addresses), &refs(&ranges));
         for finding in &rebuilt.findings {
             tracing::warn!(
                 namespace = finding.namespace,

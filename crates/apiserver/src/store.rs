@@ -387,7 +387,8 @@ impl Committer {
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("apiserver-store".to_owned()).spawn(run).map_err(Error::Thread)?;
+        let thread =
+            std::thread::Builder::new().name("apiserver-store".to_owned()).spawn(run).map_err(Error::Thread)?;
         Ok(Committer { durability, queue, thread: Mutex::new(Some(thread)) })
     }
 

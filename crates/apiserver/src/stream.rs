@@ -102,7 +102,8 @@ fn container(pod: &Value, query: &Query, subresource: &str) -> Result<String, St
         {
             return Ok((*first).to_owned());
         }
-        let mut text = format!("a container name must be specified for pod {name}, choose one of: [{}]", containers.join(" "));
+        let mut text =
+            format!("a container name must be specified for pod {name}, choose one of: [{}]", containers.join(" "));
         for (label, list) in [("init containers", &init), ("ephemeral containers", &ephemeral)] {
             if !list.is_empty() {
                 text.push_str(&format!(" or one of the {label}: [{}]", list.join(" ")));
@@ -188,8 +189,16 @@ fn kubelet_path(
 }
 
 /// Headers that concern one connection only (RFC 9110 section 7.6.1), without those of an upgrade.
-const HOP_BY_HOP: &[&str] =
-    &["connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade"];
+const HOP_BY_HOP: &[&str] = &[
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
 
 fn clean(headers: &HeaderMap, upgrading: bool) -> HeaderMap {
     let mut kept = HeaderMap::with_capacity(headers.len());
@@ -221,7 +230,8 @@ async fn forward(
     let upgrading = request.headers().contains_key(UPGRADE);
     let downstream = upgrading.then(|| hyper::upgrade::on(&mut request));
     let (parts, body) = request.into_parts();
-    let uri: Uri = path_and_query.parse().map_err(|error| Status::bad_request(format!("the path cannot be sent on: {error}")))?;
+    let uri: Uri =
+        path_and_query.parse().map_err(|error| Status::bad_request(format!("the path cannot be sent on: {error}")))?;
     let mut onward = Request::new(body);
     *onward.method_mut() = parts.method;
     *onward.uri_mut() = uri;
@@ -285,8 +295,13 @@ async fn proxy(
 ) -> Result<Response<Body>, Status> {
     let namespace = target.namespace.as_deref().unwrap_or_default();
     let full_name = target.name.as_deref().unwrap_or_default();
-    let (scheme, name, port) = split_proxy_name(full_name)
-        .ok_or_else(|| Status::bad_request(format!("invalid {} request {}", entry.kind.singular, portolan_api::status::quoted(full_name))))?;
+    let (scheme, name, port) = split_proxy_name(full_name).ok_or_else(|| {
+        Status::bad_request(format!(
+            "invalid {} request {}",
+            entry.kind.singular,
+            portolan_api::status::quoted(full_name)
+        ))
+    })?;
     if scheme == "https" {
         return Err(Status::service_unavailable("the proxy to a backend that speaks TLS is not supported"));
     }
@@ -325,9 +340,8 @@ async fn proxy(
 fn pod_address(inner: &Inner, entry: &Entry, namespace: &str, name: &str, port: &str) -> Result<SocketAddr, Status> {
     let snapshot = inner.store.snapshot();
     let pod = snapshot.get("pods", &Key::new(namespace, name)).ok_or_else(|| Status::not_found(&entry.kind, name))?;
-    let ip: IpAddr = meta::text(&pod.value, &["status", "podIP"])
-        .parse()
-        .map_err(|_| Status::bad_request("address not allowed"))?;
+    let ip: IpAddr =
+        meta::text(&pod.value, &["status", "podIP"]).parse().map_err(|_| Status::bad_request("address not allowed"))?;
     let port = if port.is_empty() {
         // The first declared port, as upstream takes it; 80 if none is declared.
         meta::list(&pod.value, &["spec", "containers"])
@@ -343,7 +357,13 @@ fn pod_address(inner: &Inner, entry: &Entry, namespace: &str, name: &str, port: 
 }
 
 /// A ready endpoint of a Service's port, any of them.
-fn service_address(inner: &Inner, entry: &Entry, namespace: &str, name: &str, port: &str) -> Result<SocketAddr, Status> {
+fn service_address(
+    inner: &Inner,
+    entry: &Entry,
+    namespace: &str,
+    name: &str,
+    port: &str,
+) -> Result<SocketAddr, Status> {
     let snapshot = inner.store.snapshot();
     let service =
         snapshot.get("services", &Key::new(namespace, name)).ok_or_else(|| Status::not_found(&entry.kind, name))?;
@@ -356,7 +376,12 @@ fn service_address(inner: &Inner, entry: &Entry, namespace: &str, name: &str, po
             .iter()
             .find(|port| meta::text(port, &["name"]) == wanted || port["port"].to_string() == wanted)
             .map(|port| meta::text(port, &["name"]).to_owned())
-            .ok_or_else(|| Status::service_unavailable(format!("no service port {} found for service \"{name}\"", portolan_api::status::quoted(wanted))))?,
+            .ok_or_else(|| {
+                Status::service_unavailable(format!(
+                    "no service port {} found for service \"{name}\"",
+                    portolan_api::status::quoted(wanted)
+                ))
+            })?,
     };
     let candidates: Vec<SocketAddr> = snapshot
         .list("endpointslices.discovery.k8s.io", Some(namespace))
@@ -394,7 +419,11 @@ mod tests {
         let rows = [
             ("log", "follow=true&tailLines=5", "/containerLogs/a/p/c?follow=true&tailLines=5"),
             ("log", "follow=false", "/containerLogs/a/p/c"),
-            ("exec", "command=sh&command=-c&stdin=true&stdout=1&tty=false", "/exec/a/p/c?input=1&output=1&command=sh&command=-c"),
+            (
+                "exec",
+                "command=sh&command=-c&stdin=true&stdout=1&tty=false",
+                "/exec/a/p/c?input=1&output=1&command=sh&command=-c",
+            ),
             ("attach", "stdout=true&stderr=true", "/attach/a/p/c?output=1&error=1"),
             ("portforward", "ports=80,81&ports=82", "/portForward/a/p?port=80&port=81&port=82"),
             ("portforward", "", "/portForward/a/p"),
@@ -413,7 +442,8 @@ mod tests {
         let one = json!({"metadata": {"name": "p"}, "spec": {"containers": [{"name": "c"}]}});
         let two = json!({"metadata": {"name": "p"}, "spec": {"containers": [{"name": "a"}, {"name": "b"}],
             "initContainers": [{"name": "i"}]}});
-        let find = |pod: &Value, query: &str, sub: &str| container(pod, &Query::parse(query), sub).map_err(|e| e.message);
+        let find =
+            |pod: &Value, query: &str, sub: &str| container(pod, &Query::parse(query), sub).map_err(|e| e.message);
         assert_eq!(find(&one, "", "log").as_deref(), Ok("c"));
         assert_eq!(find(&two, "container=i", "log").as_deref(), Ok("i"));
         assert_eq!(find(&two, "", "exec").as_deref(), Ok("a"));

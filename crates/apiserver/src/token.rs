@@ -83,11 +83,8 @@ impl Tokens {
             "kubernetes.io": extra,
         });
         let header = json!({"alg": "ES256", "typ": "JWT"});
-        let signed = format!(
-            "{}.{}",
-            URL_SAFE_NO_PAD.encode(header.to_string()),
-            URL_SAFE_NO_PAD.encode(claims.to_string())
-        );
+        let signed =
+            format!("{}.{}", URL_SAFE_NO_PAD.encode(header.to_string()), URL_SAFE_NO_PAD.encode(claims.to_string()));
         let signature = self
             .key
             .sign(&SystemRandom::new(), signed.as_bytes())

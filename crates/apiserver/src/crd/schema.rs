@@ -89,7 +89,11 @@ fn string(faults: &mut Vec<FieldError>, schema: &Value, text: &str, path: &str) 
         return faults.push(FieldError::too_long(path, max));
     }
     if let Some(min) = limit(schema, "minLength").filter(|min| length < *min) {
-        return faults.push(FieldError::invalid(path, text, format!("{path} in body should be at least {min} chars long")));
+        return faults.push(FieldError::invalid(
+            path,
+            text,
+            format!("{path} in body should be at least {min} chars long"),
+        ));
     }
     if let Some(pattern) = schema.get("pattern").and_then(Value::as_str) {
         // A pattern that cannot be read matches nothing; RE2 and this engine share their syntax.
@@ -238,7 +242,9 @@ fn combinations(faults: &mut Vec<FieldError>, schema: &Value, value: &Value, pat
         match one.iter().filter(|schema| passes(schema)).count() {
             1 => {}
             0 => say(format!("{path} in body must validate one and only one schema (oneOf). Found none valid")),
-            n => say(format!("{path} in body must validate one and only one schema (oneOf). Found {n} valid alternatives")),
+            n => say(format!(
+                "{path} in body must validate one and only one schema (oneOf). Found {n} valid alternatives"
+            )),
         }
     }
     let all = schemas("allOf");
@@ -258,21 +264,35 @@ mod tests {
     #[test]
     fn values_meet_their_schema_or_say_why() {
         let schema = json!({"type": "object", "required": ["spec"], "properties": {"spec": {"type": "object",
-            "required": ["size"], "properties": {
-                "size": {"type": "integer", "minimum": 1, "maximum": 10},
-                "name": {"type": "string", "pattern": "^[a-z]+$", "minLength": 2, "maxLength": 4},
-                "set": {"type": "array", "x-kubernetes-list-type": "set", "items": {"type": "string"}},
-                "either": {"oneOf": [{"required": ["a"]}, {"required": ["b"]}], "type": "object"},
-            }}}});
+        "required": ["size"], "properties": {
+            "size": {"type": "integer", "minimum": 1, "maximum": 10},
+            "name": {"type": "string", "pattern": "^[a-z]+$", "minLength": 2, "maxLength": 4},
+            "set": {"type": "array", "x-kubernetes-list-type": "set", "items": {"type": "string"}},
+            "either": {"oneOf": [{"required": ["a"]}, {"required": ["b"]}], "type": "object"},
+        }}}});
         let rows = [
             (json!({"spec": {"size": 1}}), vec![]),
             (json!({}), vec!["spec: Required value"]),
-            (json!({"spec": {"size": 11}}), vec!["spec.size: Invalid value: 11: spec.size in body should be less than or equal to 10"]),
-            (json!({"spec": {"size": "x"}}), vec!["spec.size: Invalid value: \"string\": spec.size in body must be of type integer: \"string\""]),
-            (json!({"spec": {"size": 1, "name": "A1"}}), vec!["spec.name: Invalid value: \"A1\": spec.name in body should match '^[a-z]+$'"]),
+            (
+                json!({"spec": {"size": 11}}),
+                vec!["spec.size: Invalid value: 11: spec.size in body should be less than or equal to 10"],
+            ),
+            (
+                json!({"spec": {"size": "x"}}),
+                vec!["spec.size: Invalid value: \"string\": spec.size in body must be of type integer: \"string\""],
+            ),
+            (
+                json!({"spec": {"size": 1, "name": "A1"}}),
+                vec!["spec.name: Invalid value: \"A1\": spec.name in body should match '^[a-z]+$'"],
+            ),
             (json!({"spec": {"size": 1, "set": ["a", "a"]}}), vec!["spec.set[1]: Duplicate value: \"a\""]),
             (json!({"spec": {"size": 1, "either": {"a": 1}}}), vec![]),
-            (json!({"spec": {"size": 1, "either": {}}}), vec!["spec.either: Invalid value: {}: spec.either in body must validate one and only one schema (oneOf). Found none valid"]),
+            (
+                json!({"spec": {"size": 1, "either": {}}}),
+                vec![
+                    "spec.either: Invalid value: {}: spec.either in body must validate one and only one schema (oneOf). Found none valid",
+                ],
+            ),
         ];
         for (value, want) in rows {
             let got: Vec<String> = validate(&schema, &value).iter().map(ToString::to_string).collect();

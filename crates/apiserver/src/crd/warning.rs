@@ -17,9 +17,7 @@ pub fn warnings(definition: &Value) -> Vec<String> {
 
 fn has_rules(schema: &Value) -> bool {
     match schema {
-        Value::Object(fields) => {
-            fields.contains_key("x-kubernetes-validations") || fields.values().any(has_rules)
-        }
+        Value::Object(fields) => fields.contains_key("x-kubernetes-validations") || fields.values().any(has_rules),
         Value::Array(items) => items.iter().any(has_rules),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => false,
     }
@@ -35,7 +33,8 @@ mod tests {
         let version = |schema: Value| json!({"spec": {"versions": [{"schema": {"openAPIV3Schema": schema}}]}});
         let plain = version(json!({"type": "object"}));
         assert!(warnings(&plain).is_empty());
-        let ruled = version(json!({"type": "object", "properties": {"a": {"x-kubernetes-validations": [{"rule": "true"}]}}}));
+        let ruled =
+            version(json!({"type": "object", "properties": {"a": {"x-kubernetes-validations": [{"rule": "true"}]}}}));
         assert_eq!(warnings(&ruled).len(), 1);
     }
 }

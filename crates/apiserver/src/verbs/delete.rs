@@ -57,8 +57,7 @@ fn decide(kind: &Kind, old: &Value, options: &DeleteOptions, now: Timestamp) -> 
     } else {
         meta::set(&mut new, &["metadata", "finalizers"], json!(finalizers));
     }
-    let blocked = !finalizers.is_empty()
-        || (namespace && !meta::list(old, &["spec", "finalizers"]).is_empty());
+    let blocked = !finalizers.is_empty() || (namespace && !meta::list(old, &["spec", "finalizers"]).is_empty());
 
     if deleting {
         let shorter = stored_grace.is_some_and(|stored| grace < stored && kind.is("", "Pod"));
@@ -102,9 +101,7 @@ fn pod_grace(pod: &Value, wanted: Option<i64>) -> i64 {
     if unscheduled || ended {
         return 0;
     }
-    let grace = wanted
-        .or_else(|| meta::get(pod, &["spec", "terminationGracePeriodSeconds"]).as_i64())
-        .unwrap_or(30);
+    let grace = wanted.or_else(|| meta::get(pod, &["spec", "terminationGracePeriodSeconds"]).as_i64()).unwrap_or(30);
     // The kubelet needs a moment at least (validation of negative values, KEP-2335 era behaviour).
     if grace < 0 { 1 } else { grace }
 }
@@ -173,16 +170,9 @@ fn check_preconditions(kind: &Kind, old: &Object, options: &DeleteOptions) -> Re
 
 impl Pipeline<'_> {
     /// Deletes one object, or marks it.
-    pub fn delete(
-        &self,
-        txn: &mut Txn,
-        entry: &Entry,
-        key: &Key,
-        options: &DeleteOptions,
-    ) -> Result<Outcome, Status> {
+    pub fn delete(&self, txn: &mut Txn, entry: &Entry, key: &Key, options: &DeleteOptions) -> Result<Outcome, Status> {
         let kind = &entry.kind;
-        let old =
-            txn.get(&entry.collection, key).cloned().ok_or_else(|| Status::not_found(kind, &key.name))?;
+        let old = txn.get(&entry.collection, key).cloned().ok_or_else(|| Status::not_found(kind, &key.name))?;
         check_preconditions(kind, &old, options)?;
         if kind.is("", "Namespace") && PERMANENT_NAMESPACES.contains(&&*key.name) {
             return Err(Status::forbidden(kind, &key.name, "this namespace may not be deleted"));
@@ -220,7 +210,9 @@ fn options(call: &Call) -> Result<DeleteOptions, Status> {
     let ty = DocumentType::builtin("meta.k8s.io", "v1", "DeleteOptions")
         .ok_or_else(|| Status::internal("the type DeleteOptions is missing"))?;
     let value = match format {
-        strict::Format::Protobuf => portolan_api::protobuf::decode(&call.body, Some(("meta.k8s.io", "v1", "DeleteOptions")))?,
+        strict::Format::Protobuf => {
+            portolan_api::protobuf::decode(&call.body, Some(("meta.k8s.io", "v1", "DeleteOptions")))?
+        }
         strict::Format::Json | strict::Format::Yaml => {
             let value: Value = match format {
                 strict::Format::Json => serde_json::from_slice(&call.body).ok(),
@@ -246,9 +238,7 @@ pub async fn delete(call: &Call) -> Result<Response<Body>, Status> {
     call.representation()?;
     let options = options(call)?;
     let entry = &call.entry;
-    let outcome = call
-        .commit(options.dry_run, |txn| call.pipeline().delete(txn, entry, &call.key(), &options))
-        .await?;
+    let outcome = call.commit(options.dry_run, |txn| call.pipeline().delete(txn, entry, &call.key(), &options)).await?;
     match outcome {
         Outcome::Waiting(object) => {
             // 202 only for the old way of asking for dependents to be deleted in the background.
@@ -258,9 +248,7 @@ pub async fn delete(call: &Call) -> Result<Response<Body>, Status> {
         Outcome::Gone(object) if entry.kind.delete_returns_object => {
             write_answer(call, 200, &value_in(entry, &object), &[])
         }
-        Outcome::Gone(object) => {
-            Ok(json(200, &status::deleted(&entry.kind, call.name(), meta::uid(&object.value))))
-        }
+        Outcome::Gone(object) => Ok(json(200, &status::deleted(&entry.kind, call.name(), meta::uid(&object.value)))),
     }
 }
 
@@ -325,7 +313,14 @@ mod tests {
             ("a_longer_period_changes_nothing", "v1", "Pod", ending.clone(), grace(50), "keep"),
             ("a_shorter_period_counts", "v1", "Pod", ending.clone(), grace(5), "mark"),
             ("zero_ends_it", "v1", "Pod", ending, grace(0), "remove"),
-            ("a_namespace_waits_for_its_content", "v1", "Namespace", json!({"metadata": {}, "spec": {"finalizers": ["kubernetes"]}}), plain(), "mark"),
+            (
+                "a_namespace_waits_for_its_content",
+                "v1",
+                "Namespace",
+                json!({"metadata": {}, "spec": {"finalizers": ["kubernetes"]}}),
+                plain(),
+                "mark",
+            ),
         ];
         for (name, api_version, kind, object, options, want) in rows {
             assert_eq!(decision(api_version, kind, object, options), want, "{name}");

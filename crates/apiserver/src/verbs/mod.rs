@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use http::header::{ACCEPT, CONTENT_TYPE, HeaderMap, USER_AGENT};
 use http::Response;
+use http::header::{ACCEPT, CONTENT_TYPE, HeaderMap, USER_AGENT};
 use jiff::Timestamp;
 use portolan_api::status::Status;
 use serde_json::Value;

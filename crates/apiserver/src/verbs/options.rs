@@ -213,7 +213,12 @@ pub struct ListOptions {
 
 impl ListOptions {
     /// Reads and checks the parameters. `name` is that of a single object watched by its own path.
-    pub fn parse(query: &Query, kind: &Kind, custom_fields: &[String], name: Option<&str>) -> Result<ListOptions, Status> {
+    pub fn parse(
+        query: &Query,
+        kind: &Kind,
+        custom_fields: &[String],
+        name: Option<&str>,
+    ) -> Result<ListOptions, Status> {
         let number = |key: &str| -> Result<Option<i64>, Status> {
             let text = query.get(key);
             if text.is_empty() {
@@ -264,7 +269,10 @@ impl ListOptions {
                 faults.push(FieldError::not_supported(field, matching, &["NotOlderThan"]));
             }
         } else if watch && !matching.is_empty() {
-            faults.push(FieldError::forbidden(field, "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided"));
+            faults.push(FieldError::forbidden(
+                field,
+                "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
+            ));
         }
         if !watch {
             if self.send_initial_events.is_some() {
@@ -307,7 +315,6 @@ impl ListOptions {
 
 /// A resourceVersion as a number.
 pub fn revision(text: &str) -> Result<u64, String> {
-    text.parse().map_err(|_| {
-        format!("strconv.ParseUint: parsing {}: invalid syntax", portolan_api::status::quoted(text))
-    })
+    text.parse()
+        .map_err(|_| format!("strconv.ParseUint: parsing {}: invalid syntax", portolan_api::status::quoted(text)))
 }

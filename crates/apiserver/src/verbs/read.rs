@@ -48,8 +48,7 @@ pub fn get(call: &Call) -> Result<Response<Body>, Status> {
 }
 
 /// Reads tokens as leniently as Go does.
-const LENIENT: GeneralPurpose =
-    GeneralPurpose::new(&URL_SAFE, NO_PAD.with_decode_allow_trailing_bits(true));
+const LENIENT: GeneralPurpose = GeneralPurpose::new(&URL_SAFE, NO_PAD.with_decode_allow_trailing_bits(true));
 
 /// Where a page begins.
 struct Continue {
@@ -80,7 +79,10 @@ fn decode_token(token: &str, namespaced: bool) -> Result<Continue, Status> {
         _ => bad(&error.to_string()),
     })?;
     if value["v"] != TOKEN_VERSION {
-        return Err(bad(&format!("server does not recognize this encoded version {}", value["v"].as_str().unwrap_or_default())));
+        return Err(bad(&format!(
+            "server does not recognize this encoded version {}",
+            value["v"].as_str().unwrap_or_default()
+        )));
     }
     let revision = value["rv"].as_i64().ok_or_else(|| bad("no resource version"))?;
     let start = value["start"].as_str().filter(|start| !start.is_empty()).ok_or_else(|| bad("no start"))?;
@@ -92,11 +94,7 @@ fn decode_token(token: &str, namespaced: bool) -> Result<Continue, Status> {
 }
 
 /// The collection a list reads and its revision.
-async fn source(
-    call: &Call,
-    options: &ListOptions,
-    page: Option<&Continue>,
-) -> Result<(Collection, u64), Status> {
+async fn source(call: &Call, options: &ListOptions, page: Option<&Continue>) -> Result<(Collection, u64), Status> {
     let store = &call.server.store;
     let resource = &call.entry.collection;
     let now = || {

@@ -4,8 +4,8 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HeaderValue};
 use http::Response;
+use http::header::{CONTENT_TYPE, HeaderValue};
 use jiff::Timestamp;
 use portolan_api::status::Status;
 use portolan_api::table;
@@ -101,11 +101,8 @@ pub fn table<'a>(
     with_columns: bool,
     now: Timestamp,
 ) -> Value {
-    let columns: Value = if with_columns {
-        columns(entry).iter().map(table::Column::to_value).collect()
-    } else {
-        Value::Null
-    };
+    let columns: Value =
+        if with_columns { columns(entry).iter().map(table::Column::to_value).collect() } else { Value::Null };
     let rows: Vec<Value> = objects
         .map(|object| {
             let row = row(entry, &object, now);
@@ -138,7 +135,10 @@ pub fn check_shape(entry: &Entry, shape: Shape, list: bool) -> Result<(), Status
     };
     let message = match shape {
         Shape::Partial { .. } if list => {
-            format!("you requested PartialObjectMetadata, but the requested object is a list (*{package}.{})", entry.kind.list_kind)
+            format!(
+                "you requested PartialObjectMetadata, but the requested object is a list (*{package}.{})",
+                entry.kind.list_kind
+            )
         }
         Shape::PartialList { .. } if !list => format!(
             "you requested PartialObjectMetadataList, but the requested object is not a list (*{package}.{})",
@@ -204,7 +204,9 @@ pub fn list(call: &Call, objects: &[Arc<Object>], metadata: Value) -> Result<Res
         metadata["continue"] = json!("");
     }
     match shape {
-        Shape::Object if encoding == Encoding::Json => Ok(answer(200, JSON, full(list_json(entry, objects, &metadata)))),
+        Shape::Object if encoding == Encoding::Json => {
+            Ok(answer(200, JSON, full(list_json(entry, objects, &metadata))))
+        }
         Shape::Object => {
             let items: Vec<Value> = objects
                 .iter()

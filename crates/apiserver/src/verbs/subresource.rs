@@ -135,7 +135,11 @@ async fn scale(call: &Call) -> Result<Response<Body>, Status> {
             let path = call.server.scale_paths(&entry.kind).spec;
             let path: Vec<&str> = path.iter().map(String::as_str).collect();
             meta::set(&mut new, &path, json!(replicas));
-            meta::put(&mut new, &["metadata", "resourceVersion"], meta::get(&scale, &["metadata", "resourceVersion"]).clone());
+            meta::put(
+                &mut new,
+                &["metadata", "resourceVersion"],
+                meta::get(&scale, &["metadata", "resourceVersion"]).clone(),
+            );
             if !entry.kind.unconditional_update && meta::resource_version(&new).is_empty() {
                 meta::set(&mut new, &["metadata", "resourceVersion"], json!(old.revision.to_string()));
             }
@@ -175,8 +179,7 @@ pub async fn binding(call: &Call) -> Result<Response<Body>, Status> {
     let key = crate::store::Key::new(call.namespace(), name);
     let manager = call.manager();
     call.commit(options.dry_run, |txn| {
-        let old =
-            txn.get(&pods.collection, &key).cloned().ok_or_else(|| Status::not_found(&pods.kind, name))?;
+        let old = txn.get(&pods.collection, &key).cloned().ok_or_else(|| Status::not_found(&pods.kind, name))?;
         let pod = &old.value;
         let refuse = |why: String| {
             // Upstream names this subresource in its 409.
@@ -320,14 +323,21 @@ async fn token_request(call: &Call) -> Result<Response<Body>, Status> {
     if audiences.is_empty() {
         audiences.push(tokens.audience().to_owned());
     }
-    let seconds =
-        meta::get(&request, &["spec", "expirationSeconds"]).as_i64().unwrap_or(token::DEFAULT_SECONDS);
+    let seconds = meta::get(&request, &["spec", "expirationSeconds"]).as_i64().unwrap_or(token::DEFAULT_SECONDS);
     let mut faults = Vec::new();
     if seconds < token::MIN_SECONDS {
-        faults.push(FieldError::invalid("spec.expirationSeconds", seconds, "may not specify a duration less than 10 minutes"));
+        faults.push(FieldError::invalid(
+            "spec.expirationSeconds",
+            seconds,
+            "may not specify a duration less than 10 minutes",
+        ));
     }
     if seconds > 1 << 32 {
-        faults.push(FieldError::invalid("spec.expirationSeconds", seconds, "may not specify a duration larger than 2^32 seconds"));
+        faults.push(FieldError::invalid(
+            "spec.expirationSeconds",
+            seconds,
+            "may not specify a duration larger than 2^32 seconds",
+        ));
     }
     if !faults.is_empty() {
         return Err(Status::invalid_kind("authentication.k8s.io", "TokenRequest", call.name(), &faults));

@@ -76,8 +76,7 @@ pub async fn watch(call: Call) -> Result<Response<Body>, Status> {
     let Representation { shape, .. } = call.representation()?;
     let include = render::include(&call)?;
     let single = call.target.name.clone();
-    let options =
-        ListOptions::parse(&call.query, &call.entry.kind, call.selectable_fields(), single.as_deref())?;
+    let options = ListOptions::parse(&call.query, &call.entry.kind, call.selectable_fields(), single.as_deref())?;
     options.check(true)?;
     let given = options.resource_version.as_str();
     let from = if given.is_empty() {
@@ -279,8 +278,7 @@ impl Stream {
                 let columns = !std::mem::replace(&mut self.columns_sent, true);
                 let value: Cow<'_, Value> = render::value_in(entry, object);
                 let now = jiff::Timestamp::now();
-                let table =
-                    render::table(entry, std::iter::once(value), metadata, beta, self.include, columns, now);
+                let table = render::table(entry, std::iter::once(value), metadata, beta, self.include, columns, now);
                 line(word, &table)
             }
         }
@@ -337,4 +335,3 @@ impl Stream {
         }
     }
 }
-

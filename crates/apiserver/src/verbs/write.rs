@@ -7,10 +7,10 @@ use http::Response;
 use jiff::Timestamp;
 use portolan_api::apply::{self, Manager};
 use portolan_api::patch::{self, PatchType};
+use portolan_api::schema::DocumentType;
 use portolan_api::status::{FieldError, Status};
 use portolan_api::strict::{self, Admitted};
 use portolan_api::{defaulting, meta, strategy, validation};
-use portolan_api::schema::DocumentType;
 use serde_json::{Value, json};
 
 use super::options::{WriteOptions, revision};
@@ -178,7 +178,11 @@ impl Pipeline<'_> {
             }
             Tracking::Silent => {
                 if let Some(old) = old {
-                    meta::put(new, &["metadata", "managedFields"], meta::get(old, &["metadata", "managedFields"]).clone());
+                    meta::put(
+                        new,
+                        &["metadata", "managedFields"],
+                        meta::get(old, &["metadata", "managedFields"]).clone(),
+                    );
                 }
             }
             Tracking::Applied => {}
@@ -256,8 +260,7 @@ impl Pipeline<'_> {
             return Err(Status::invalid(kind, &name, &[fault]));
         }
         // What only the server writes is taken over from the stored object.
-        for field in
-            ["uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "resourceVersion"]
+        for field in ["uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "resourceVersion"]
         {
             meta::put(&mut new, &["metadata", field], meta::get(&old_value, &["metadata", field]).clone());
         }
@@ -307,9 +310,7 @@ impl Pipeline<'_> {
 
     /// Removes an object and what it holds of the pools.
     pub fn remove(&self, txn: &mut Txn, entry: &Entry, key: &Key, dry_run: bool) -> Result<Arc<Object>, Status> {
-        let last = txn
-            .delete(&entry.collection, key)
-            .ok_or_else(|| Status::not_found(&entry.kind, &key.name))?;
+        let last = txn.delete(&entry.collection, key).ok_or_else(|| Status::not_found(&entry.kind, &key.name))?;
         txn.after_commit({
             let (server, object, collection) = (self.server.clone(), last.clone(), entry.collection.clone());
             move || server.pools.forget(&collection, &object.value)
@@ -598,10 +599,8 @@ pub async fn patch(call: &Call, subresource: Option<&str>) -> Result<Response<Bo
     let mut warnings = Vec::new();
     let object = call
         .commit(options.dry_run, |txn| {
-            let old = txn
-                .get(&entry.collection, &call.key())
-                .cloned()
-                .ok_or_else(|| Status::not_found(kind, call.name()))?;
+            let old =
+                txn.get(&entry.collection, &call.key()).cloned().ok_or_else(|| Status::not_found(kind, call.name()))?;
             let current = value_in(entry, &old);
             let Admitted { value: mut new, warnings: found } =
                 patch::patch(ty, patch_type, &current, &call.body, options.validation)?;
@@ -634,11 +633,7 @@ fn same_object(call: &Call, current: &Value, new: &mut Value) -> Result<(), Stat
     Ok(())
 }
 
-async fn apply_patch(
-    call: &Call,
-    subresource: Option<&str>,
-    options: WriteOptions,
-) -> Result<Response<Body>, Status> {
+async fn apply_patch(call: &Call, subresource: Option<&str>, options: WriteOptions) -> Result<Response<Body>, Status> {
     let entry = &call.entry;
     let kind = &entry.kind;
     let ty = document_type(entry)?;
@@ -663,7 +658,11 @@ async fn apply_patch(
                 None => {
                     if !meta::uid(&applied).is_empty() {
                         let why = "uid mismatch: the provided object specified uid";
-                        return Err(Status::conflict(kind, call.name(), format!("{why} {}, and no existing object was found", meta::uid(&applied))));
+                        return Err(Status::conflict(
+                            kind,
+                            call.name(),
+                            format!("{why} {}, and no existing object was found", meta::uid(&applied)),
+                        ));
                     }
                     let mut new = apply::apply(ty, None, &applied, manager, force)?;
                     scope(call, &mut new)?;

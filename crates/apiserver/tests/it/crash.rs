@@ -37,7 +37,8 @@ async fn write(server: Arc<Server>, task: u32) {
     let mut service = server.local_service(User::admin());
     for n in 0_u64.. {
         let name = format!("t{task}-{}", n % 16);
-        let body = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"n": n.to_string()}});
+        let body =
+            json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"n": n.to_string()}});
         let (method, path) = if n < 16 {
             ("POST", "/api/v1/namespaces/default/configmaps".to_owned())
         } else {

@@ -83,7 +83,8 @@ async fn many_watchers_see_the_same_order() {
     for (i, watcher) in watchers.into_iter().enumerate() {
         let events = watcher.await.expect("a watcher");
         let step = if i % 2 == 0 { 1 } else { 2 };
-        let names: Vec<String> = events.iter().map(|e| e["object"]["metadata"]["name"].as_str().expect("name").to_owned()).collect();
+        let names: Vec<String> =
+            events.iter().map(|e| e["object"]["metadata"]["name"].as_str().expect("name").to_owned()).collect();
         let want: Vec<String> = (0..100).step_by(step).map(|n| format!("o{n}")).collect();
         assert_eq!(names, want, "watcher {i}");
     }
@@ -138,14 +139,20 @@ async fn tokens_of_service_accounts_are_good_until_the_account_goes() {
 async fn hostile_requests_get_errors() {
     let f = Fixture::start().await;
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
-    let large = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "l"}, "data": {"k": "x".repeat(4 << 20)}});
+    let large =
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "l"}, "data": {"k": "x".repeat(4 << 20)}});
     for (what, content_type, body, code) in [
         ("deep", "application/json", deep.as_str(), 400),
         ("cut", "application/json", "{\"a\":", 400),
         ("no_utf8_look_alike", "application/json", "\u{0}\u{1}", 400),
         ("protobuf_noise", "application/vnd.kubernetes.protobuf", "k8s\u{0}\u{a}\u{7f}", 400),
         ("large", "application/json", &large.to_string(), 413),
-        ("yaml_bomb", "application/yaml", "a: &a [x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c,*c]", 400),
+        (
+            "yaml_bomb",
+            "application/yaml",
+            "a: &a [x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c,*c]",
+            400,
+        ),
     ] {
         let got = f.send(http::Method::POST, MAPS, content_type, body).await;
         assert!(got.code == code || (got.code == 422 && code == 400), "{what}: {} {}", got.code, got.body);
@@ -159,7 +166,11 @@ async fn anonymous_requests_reach_health_and_version_only() {
     let mut config = ServerConfig::new("192.0.2.1:6443".parse().expect("an address"));
     config.admin_token = Some("secret".to_owned());
     let f = Fixture::with(config).await;
-    let nobody = User { name: "system:anonymous".to_owned(), groups: vec!["system:unauthenticated".to_owned()], ..User::default() };
+    let nobody = User {
+        name: "system:anonymous".to_owned(),
+        groups: vec!["system:unauthenticated".to_owned()],
+        ..User::default()
+    };
     let mut service = f.server.local_service(nobody);
     for (path, code) in [("/version", 200), ("/readyz", 200), ("/api/v1/pods", 403), ("/apis", 403)] {
         let request = Request::get(path).body(Full::new(Bytes::new())).expect("a request");
@@ -186,8 +197,12 @@ async fn pages_of_a_list_show_one_moment() {
     f.post(MAPS, &map("bb")).await;
     let token = first["metadata"]["continue"].as_str().expect("a token");
     let second = f.get(&format!("{MAPS}?limit=2&continue={token}")).await.body;
-    let names: Vec<&str> =
-        second["items"].as_array().expect("items").iter().map(|i| i["metadata"]["name"].as_str().expect("name")).collect();
+    let names: Vec<&str> = second["items"]
+        .as_array()
+        .expect("items")
+        .iter()
+        .map(|i| i["metadata"]["name"].as_str().expect("name"))
+        .collect();
     assert_eq!(names, ["c", "d"]);
     assert_eq!(second["metadata"]["resourceVersion"], first["metadata"]["resourceVersion"]);
 }

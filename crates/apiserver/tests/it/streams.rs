@@ -65,7 +65,8 @@ async fn serve(io: tokio::io::DuplexStream) {
         let shown = format!("{asked} {secret} {}", String::from_utf8_lossy(&text));
         http::Response::builder().body(Full::new(bytes::Bytes::from(shown)))
     });
-    let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(io), service).with_upgrades().await;
+    let _ =
+        hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(io), service).with_upgrades().await;
 }
 
 struct Secure {
@@ -107,7 +108,10 @@ impl Secure {
             .with_no_client_auth();
         let socket = tokio::net::TcpStream::connect(self.address).await.expect("connected");
         let name = "127.0.0.1".try_into().expect("a name");
-        tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, socket).await.expect("the server's certificate is good")
+        tokio_rustls::TlsConnector::from(Arc::new(config))
+            .connect(name, socket)
+            .await
+            .expect("the server's certificate is good")
     }
 
     /// Sends a request by hand and returns the head of the answer and the stream.

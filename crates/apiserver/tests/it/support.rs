@@ -91,14 +91,10 @@ impl Fixture {
 
 pub async fn answer(response: Response<Body>) -> Answer {
     let code = response.status().as_u16();
-    let warnings = response
-        .headers()
-        .get_all("warning")
-        .iter()
-        .map(|value| value.to_str().expect("text").to_owned())
-        .collect();
+    let warnings =
+        response.headers().get_all("warning").iter().map(|value| value.to_str().expect("text").to_owned()).collect();
     let bytes = response.into_body().collect().await.expect("a body").to_bytes();
-    let body = serde_json::from_slice(&bytes)
-        .unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&bytes).into_owned()));
+    let body =
+        serde_json::from_slice(&bytes).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&bytes).into_owned()));
     Answer { code, body, warnings }
 }
