@@ -326,7 +326,7 @@ async fn watch_node(client: kube::Client, mailbox: Mailbox, config: AgentConfig)
                 last = Some(view);
             }
         },
-        || {},
+        || mailbox.node_listed(),
     )
     .await;
 }

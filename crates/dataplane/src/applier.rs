@@ -1,7 +1,7 @@
 //! The applier: one plain thread that owns the [`ServiceProxy`] and takes changes from a latest-wins mailbox.
 //!
 //! Watches put objects into the mailbox; while the applier is busy, newer states of an object replace older ones, so a burst
-//! costs one sync. Nothing is programmed before Services and EndpointSlices have both been listed.
+//! costs one sync. Nothing is programmed before Services, EndpointSlices and the own Node have been listed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -29,6 +29,7 @@ struct Pending {
     node: Option<NodeView>,
     services_listed: bool,
     slices_listed: bool,
+    node_listed: bool,
     resync: bool,
     interfered: bool,
     closed: bool,
@@ -99,6 +100,11 @@ impl Mailbox {
         self.edit(true, |p| p.slices_listed = true);
     }
 
+    /// The Node has been asked for once, and delivered if it exists. Without its addresses a restart would close node ports.
+    pub fn node_listed(&self) {
+        self.edit(true, |p| p.node_listed = true);
+    }
+
     /// Reads the kernel back and compares, whatever is pending.
     pub fn resync(&self) {
         self.edit(false, |p| p.resync = true);
@@ -126,10 +132,11 @@ impl Mailbox {
             if pending.closed {
                 return None;
             }
-            let listed = pending.services_listed && pending.slices_listed;
+            let listed = pending.services_listed && pending.slices_listed && pending.node_listed;
             let due = deadline.is_some_and(|d| Instant::now() >= d);
             if listed && (pending.has_work() || due) {
-                let fresh = Pending { services_listed: true, slices_listed: true, ..Pending::default() };
+                let fresh =
+                    Pending { services_listed: true, slices_listed: true, node_listed: true, ..Pending::default() };
                 return Some(std::mem::replace(&mut *pending, fresh));
             }
             pending = match deadline.filter(|_| listed) {

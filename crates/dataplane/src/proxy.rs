@@ -317,7 +317,7 @@ fn sync_full(
     if existing.is_ours() {
         for id in SetId::ALL.iter().filter(|id| **id != SetId::Affinity) {
             let elements = executor.elements(&table, renderer.sets().get(*id))?.unwrap_or_default();
-            existing.elements.extend(elements.into_iter().map(|e| ((*id, e.key), e.data)));
+            existing.elements.extend(elements.into_iter().map(|e| ((*id, e.key.clone()), e)));
         }
     }
     let full = renderer.full(map, node, existing);

@@ -24,13 +24,16 @@ const ELEMENTS_PER_COMMIT: usize = 4096;
 /// Unused pick chains are kept until there are this many; they cost little, and the next scaling may want them again.
 const SPARE_CHAINS: usize = 64;
 
+/// Elements by set and key.
+pub type Held = HashMap<(SetId, Vec<Value>), Element>;
+
 /// What a table holds, as read back from the kernel.
 #[derive(Clone, Debug, Default)]
 pub struct Existing {
     /// Names of its chains; empty when there is no table.
     pub chains: BTreeSet<String>,
     /// Elements of its sets.
-    pub elements: HashMap<(SetId, Vec<Value>), Option<Data>>,
+    pub elements: Held,
 }
 
 impl Existing {
@@ -153,11 +156,11 @@ impl Renderer {
         }
         first.extend(layout::fixed_ops(node, self.family, &self.sets));
         let mut batches: Vec<Changes> = Vec::new();
-        let against = |new: Vec<Item>, left: &mut HashMap<(SetId, Vec<Value>), Option<Data>>| {
+        let against = |new: Vec<Item>, left: &mut Held| {
             let mut changes = Changes::default();
             for (id, element) in new {
                 match left.remove(&(id, element.key.clone())) {
-                    Some(data) if data == element.data => {}
+                    Some(held) if held == element => {}
                     Some(_) => {
                         changes.delete.push((id, element.clone()));
                         changes.add.push((id, element));
@@ -200,7 +203,7 @@ impl Renderer {
         let leftovers: Vec<Item> = left
             .into_iter()
             .filter(|((id, _), _)| *id != SetId::Affinity)
-            .map(|((id, key), data)| (id, Element { key, data }))
+            .map(|((id, _), element)| (id, element))
             .collect();
 
         let picks: Vec<Pick> = self.uses.keys().copied().collect();
@@ -439,7 +442,7 @@ impl Renderer {
         let Some(shared) = self.shared.get(id) else { return Vec::new() };
         let item = |set: SetId, (backend, mark): &(Backend, u32)| {
             let key = vec![Value::Proto(id.protocol.number()), Value::Mark(*mark)];
-            (set, Element { key, data: Some(Data::Values(vec![backend.addr.into(), Value::Port(backend.port.get())])) })
+            (set, Element::new(key, Data::Values(vec![backend.addr.into(), Value::Port(backend.port.get())])))
         };
         let live = shared.live.iter().map(|e| item(SetId::AffinityLive, e));
         live.chain(shared.live_local.iter().map(|e| item(SetId::AffinityLiveLocal, e))).collect()
@@ -520,7 +523,7 @@ impl Renderer {
     }
 
     /// Takes over the affinity numbers of a table found at start.
-    fn adopt_numbers(&mut self, map: &ServiceMap, existing: &HashMap<(SetId, Vec<Value>), Option<Data>>) {
+    fn adopt_numbers(&mut self, map: &ServiceMap, existing: &Held) {
         for (frontend, target) in map.frontends.iter().filter(|(f, _)| f.family() == self.family) {
             if self.numbers.get(&target.service).is_some() {
                 continue;
@@ -531,12 +534,12 @@ impl Renderer {
                 FrontendAddr::Address(_) => SetId::AffinityServices,
                 FrontendAddr::NodePort(_) => SetId::NodePortAffinityServices,
             };
-            let Some(Some(Data::Values(values))) = existing.get(&(services, key(frontend))) else { continue };
+            let Some(Data::Values(values)) = data_of(existing, services, key(frontend)) else { continue };
             let [Value::Mark(service_mark)] = values[..] else { continue };
             // The number of bits is in the name of the chain that the frontend leads to.
             let verdicts = [SetId::Frontends, SetId::NodePorts, SetId::Guarded, SetId::Inside, SetId::NodePortsInside];
-            let bits = verdicts.iter().find_map(|set| match existing.get(&(*set, key(frontend))) {
-                Some(Some(Data::Verdict(Verdict::Goto(chain)))) => affinity_of_chain(chain),
+            let bits = verdicts.iter().find_map(|set| match data_of(existing, *set, key(frontend)) {
+                Some(Data::Verdict(Verdict::Goto(chain))) => affinity_of_chain(chain),
                 _ => None,
             });
             let Some((seconds, bits)) = bits else { continue };
@@ -544,7 +547,7 @@ impl Renderer {
             let endpoints: Vec<(Backend, u32)> = existing
                 .iter()
                 .filter(|((id, _), _)| matches!(id, SetId::AffinityLive | SetId::AffinityLiveLocal))
-                .filter_map(|((_, key), data)| match (&key[..], data) {
+                .filter_map(|((_, key), element)| match (&key[..], &element.data) {
                     ([Value::Proto(proto), Value::Mark(mark)], Some(Data::Values(values)))
                         if *proto == frontend.protocol.number() && mark & mask == service_mark =>
                     {
@@ -633,12 +636,16 @@ fn key(frontend: &Frontend) -> Vec<Value> {
     key
 }
 
+fn data_of(held: &Held, id: SetId, key: Vec<Value>) -> Option<&Data> {
+    held.get(&(id, key))?.data.as_ref()
+}
+
 fn single(ip: IpAddr) -> Element {
-    Element { key: vec![ip.into()], data: None }
+    Element::key(vec![ip.into()])
 }
 
 fn pair(ip: IpAddr) -> Element {
-    Element { key: vec![ip.into(), ip.into()], data: None }
+    Element::key(vec![ip.into(), ip.into()])
 }
 
 fn backend_of(values: &[Value]) -> Option<Backend> {
@@ -654,10 +661,7 @@ fn backend_of(values: &[Value]) -> Option<Backend> {
 }
 
 /// The slots that a table holds for a frontend, in order.
-fn slots_in(
-    frontend: &Frontend,
-    existing: &HashMap<(SetId, Vec<Value>), Option<Data>>,
-) -> Option<(Vec<Backend>, Vec<Backend>)> {
+fn slots_in(frontend: &Frontend, existing: &Held) -> Option<(Vec<Backend>, Vec<Backend>)> {
     if existing.is_empty() {
         return None;
     }
@@ -669,8 +673,8 @@ fn slots_in(
         let slot = |index: u32| {
             let mut key = key(frontend);
             key.push(Value::Index(index));
-            match existing.get(&(id, key)) {
-                Some(Some(Data::Values(values))) => backend_of(values),
+            match data_of(existing, id, key) {
+                Some(Data::Values(values)) => backend_of(values),
                 _ => None,
             }
         };
@@ -683,7 +687,9 @@ fn slots_in(
 fn items(frontend: &Frontend, rendered: &Rendered) -> Vec<Item> {
     let address = matches!(frontend.addr, FrontendAddr::Address(_));
     let frontends = if address { SetId::Frontends } else { SetId::NodePorts };
-    let element = |data: Verdict| Element { key: key(frontend), data: Some(Data::Verdict(data)) };
+    let element = |data: Verdict| Element::new(key(frontend), Data::Verdict(data));
+    // The one element of a frontend that everybody meets first says whose it is.
+    let named = |data: Verdict| Element { comment: Some(rendered.service.to_string().into()), ..element(data) };
     let mut items = Vec::with_capacity(2 + rendered.inside.backends.len() + rendered.outside.backends.len());
 
     let verdict = match &rendered.way {
@@ -700,14 +706,14 @@ fn items(frontend: &Frontend, rendered: &Rendered) -> Vec<Item> {
         }
     };
     match &rendered.guard {
-        None => items.push((frontends, element(verdict))),
+        None => items.push((frontends, named(verdict))),
         Some(nets) => {
             items.push((SetId::Guarded, element(verdict)));
-            items.push((frontends, element(Verdict::Goto(layout::GUARD.into()))));
+            items.push((frontends, named(Verdict::Goto(layout::GUARD.into()))));
             for net in nets.iter() {
                 let mut key = key(frontend);
                 key.push(Value::Net(*net));
-                items.push((SetId::SourceRanges, Element { key, data: None }));
+                items.push((SetId::SourceRanges, Element::key(key)));
             }
         }
     }
@@ -726,23 +732,22 @@ fn items(frontend: &Frontend, rendered: &Rendered) -> Vec<Item> {
                 Some(mark) => Data::Values(vec![Value::Mark(*mark)]),
                 None => Data::Values(vec![backend.addr.into(), Value::Port(backend.port.get())]),
             };
-            items.push((pick.slots(), Element { key, data: Some(data) }));
+            items.push((pick.slots(), Element::new(key, data)));
         }
     }
     if let Some(mark) = rendered.service_mark.filter(|_| has_affinity) {
         let id = if address { SetId::AffinityServices } else { SetId::NodePortAffinityServices };
-        items.push((id, Element { key: key(frontend), data: Some(Data::Values(vec![Value::Mark(mark)])) }));
+        items.push((id, Element::new(key(frontend), Data::Values(vec![Value::Mark(mark)]))));
     }
     items
 }
 
 fn difference(old: Vec<Item>, new: Vec<Item>) -> Changes {
-    let mut left: HashMap<(SetId, Vec<Value>), Option<Data>> =
-        old.into_iter().map(|(id, e)| ((id, e.key), e.data)).collect();
+    let mut left: Held = old.into_iter().map(|(id, e)| ((id, e.key.clone()), e)).collect();
     let mut changes = Changes::default();
     for (id, element) in new {
         match left.remove(&(id, element.key.clone())) {
-            Some(data) if data == element.data => {}
+            Some(held) if held == element => {}
             Some(_) => {
                 changes.delete.push((id, element.clone()));
                 changes.add.push((id, element));
@@ -750,7 +755,7 @@ fn difference(old: Vec<Item>, new: Vec<Item>) -> Changes {
             None => changes.add.push((id, element)),
         }
     }
-    changes.delete.extend(left.into_iter().map(|((id, key), data)| (id, Element { key, data })));
+    changes.delete.extend(left.into_iter().map(|((id, _), element)| (id, element)));
     changes
 }
 

@@ -116,7 +116,7 @@ impl Ruleset {
     }
 
     fn add(&mut self, set: SetId, key: Vec<Value>, data: Option<Data>) {
-        self.elements.entry(set).or_default().insert(Element { key, data });
+        self.elements.entry(set).or_default().insert(Element { key, data, comment: None });
     }
 
     fn of(&self, set: SetId) -> impl Iterator<Item = &Element> {

@@ -40,7 +40,7 @@ pub struct FakeSet {
     /// How it was declared.
     pub set: Arc<Set>,
     /// Elements.
-    pub elements: BTreeMap<Vec<Value>, Option<Data>>,
+    pub elements: BTreeMap<Vec<Value>, Element>,
 }
 
 impl Executor for Fake {
@@ -57,11 +57,7 @@ impl Executor for Fake {
     }
 
     fn elements(&mut self, table: &Table, set: &Set) -> Result<Option<Vec<Element>>, Error> {
-        Ok(self
-            .tables
-            .get(table)
-            .and_then(|t| t.sets.get(&set.name))
-            .map(|s| s.elements.iter().map(|(key, data)| Element { key: key.clone(), data: data.clone() }).collect()))
+        Ok(self.tables.get(table).and_then(|t| t.sets.get(&set.name)).map(|s| s.elements.values().cloned().collect()))
     }
 
     fn chains(&mut self, table: &Table) -> Result<Vec<String>, Error> {
@@ -130,10 +126,10 @@ impl Fake {
                 let known = t.sets.get_mut(&set.name).ok_or(libc::ENOENT)?;
                 for element in elements {
                     match known.elements.get(&element.key) {
-                        Some(data) if *data != element.data => return Err(libc::EEXIST),
+                        Some(held) if held.data != element.data => return Err(libc::EEXIST),
                         Some(_) => {}
                         None => {
-                            known.elements.insert(element.key.clone(), element.data.clone());
+                            known.elements.insert(element.key.clone(), element.clone());
                             self.changes += 1;
                         }
                     }
@@ -167,7 +163,7 @@ impl FakeTable {
             Statement::Verdict(v) => target(v),
             _ => None,
         });
-        let elements = self.sets.values().flat_map(|s| s.elements.values()).filter_map(|d| match d {
+        let elements = self.sets.values().flat_map(|s| s.elements.values()).filter_map(|e| match &e.data {
             Some(Data::Verdict(v)) => target(v),
             _ => None,
         });

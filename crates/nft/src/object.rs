@@ -122,6 +122,20 @@ pub struct Element {
     pub key: Vec<Value>,
     /// Data; `None` in a set.
     pub data: Option<Data>,
+    /// What it is there for, for people who list the table. At most 128 bytes are kept.
+    pub comment: Option<Arc<str>>,
+}
+
+impl Element {
+    /// An element of a set.
+    pub fn key(key: Vec<Value>) -> Element {
+        Element { key, data: None, comment: None }
+    }
+
+    /// An element of a map.
+    pub fn new(key: Vec<Value>, data: Data) -> Element {
+        Element { key, data: Some(data), comment: None }
+    }
 }
 
 /// A value that a rule takes from the packet, its state or a generator.

@@ -141,6 +141,9 @@ impl Printer<'_> {
                 out.push_str(", ");
             }
             values(out, &element.key);
+            if let Some(comment) = element.comment.as_deref().filter(|_| with_data) {
+                let _ = write!(out, " comment \"{}\"", shorten_comment(comment));
+            }
             match element.data.as_ref().filter(|_| with_data) {
                 None => {}
                 Some(Data::Verdict(v)) => {
@@ -235,6 +238,18 @@ impl Printer<'_> {
     }
 }
 
+/// A comment as far as nft keeps it, without characters that would end it.
+pub(crate) fn shorten_comment(comment: &str) -> String {
+    let mut kept: String = comment.chars().filter(|c| !c.is_control() && *c != '"').collect();
+    while kept.len() > COMMENT_BYTES {
+        kept.pop();
+    }
+    kept
+}
+
+/// nft's limit for comments (NFTNL_UDATA_COMMENT_MAXLEN), which includes nothing but the text.
+const COMMENT_BYTES: usize = 127;
+
 fn kind(set: &Set) -> &'static str {
     if set.data.is_some() { "map" } else { "set" }
 }
@@ -312,7 +327,7 @@ mod tests {
 
     #[test]
     fn rules_read_as_nft_writes_them() {
-        let key = vec![Field::DestinationAddr, Field::Proto, Field::DestinationPort];
+        let key = [Field::DestinationAddr, Field::Proto, Field::DestinationPort];
         let with = |field| key.iter().copied().chain([field]).collect::<Vec<_>>();
         for (statements, expected) in [
             (

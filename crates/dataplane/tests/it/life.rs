@@ -180,6 +180,7 @@ fn interference_is_put_right_within_a_second() {
     };
     let monitor = monitor::watch(&space, own, mailbox.clone()).unwrap();
     mailbox.services_listed();
+    mailbox.node_listed();
     let table = layout::table(IpFamily::V4);
     let mut other = space.run(NetlinkExecutor::new).unwrap().unwrap();
     assert!(other.chains(&table).unwrap().is_empty(), "nothing is programmed before both lists are there");

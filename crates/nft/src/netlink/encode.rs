@@ -115,7 +115,7 @@ pub(super) fn op_messages(table: &Table, op: &Op, mut emit: impl FnMut(&mut dyn 
 }
 
 fn chunks<'a>(fam: Family, set: &Set, elements: &'a [Element], mut each: impl FnMut(&'a [Element])) {
-    let per_element = 64 + 2 * key_len(fam, &set.key) + 48;
+    let per_element = 64 + 2 * key_len(fam, &set.key) + 48 + 136;
     for chunk in elements.chunks((MAX_ELEMENT_BYTES / per_element).max(1)) {
         each(chunk);
     }
@@ -230,6 +230,14 @@ fn elements_message(mut m: Message, table: &Table, set: &Set, elements: &[Elemen
                 m.nest(1, |m| m.attribute(1, &key_bytes(&element.key, End::First)));
                 if set.interval {
                     m.nest(10, |m| m.attribute(1, &key_bytes(&element.key, End::Last)));
+                }
+                if let Some(comment) = element.comment.as_deref().filter(|_| with_data) {
+                    // A type-length-value of nft's own: 0 is a comment, its end a zero byte.
+                    let comment = crate::text::shorten_comment(comment);
+                    let mut data = vec![0, comment.len() as u8 + 1];
+                    data.extend_from_slice(comment.as_bytes());
+                    data.push(0);
+                    m.attribute(6, &data);
                 }
                 match element.data.as_ref().filter(|_| with_data) {
                     None => {}
@@ -352,7 +360,13 @@ pub(super) fn decode_element(fam: Family, set: &Set, bytes: &[u8]) -> Option<Ele
             }))
         }
     };
-    Some(Element { key, data })
+    let comment = Attributes::find(bytes, 6).and_then(|user| match user {
+        [0, len, text @ ..] => {
+            std::str::from_utf8(text.get(..usize::from(*len))?.strip_suffix(&[0])?).ok().map(Arc::from)
+        }
+        _ => None,
+    });
+    Some(Element { key, data, comment })
 }
 
 fn encode_verdict(m: &mut Message, verdict: &Verdict) {

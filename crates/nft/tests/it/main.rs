@@ -44,20 +44,23 @@ fn elements(family: Family) -> Vec<Vec<Element>> {
     let tcp = Value::Proto(6);
     let key = |n: u8| vec![a(n), tcp, Value::Port(80)];
     let with = |n: u8, last: Value| key(n).into_iter().chain([last]).collect::<Vec<_>>();
-    let endpoint = |n: u8| Some(Data::Values(vec![a(n), Value::Port(8080)]));
+    let endpoint = |n: u8| Data::Values(vec![a(n), Value::Port(8080)]);
     vec![
         vec![
-            Element { key: key(1), data: Some(Data::Verdict(Verdict::Goto("pick".into()))) },
-            Element { key: key(2), data: Some(Data::Verdict(Verdict::Drop)) },
+            Element {
+                comment: Some("shop/cart:http/TCP".into()),
+                ..Element::new(key(1), Data::Verdict(Verdict::Goto("pick".into())))
+            },
+            Element::new(key(2), Data::Verdict(Verdict::Drop)),
         ],
-        (0..700u32).map(|i| Element { key: with((i % 250) as u8, Value::Index(i)), data: endpoint(9) }).collect(),
-        vec![Element { key: vec![a(1)], data: None }, Element { key: vec![a(2)], data: None }],
+        (0..700u32).map(|i| Element::new(with((i % 250) as u8, Value::Index(i)), endpoint(9))).collect(),
+        vec![Element::key(vec![a(1)]), Element::key(vec![a(2)])],
         vec![
-            Element { key: with(1, net("10.1.0.0/16", "fd00:1::/32")), data: None },
-            Element { key: with(1, net("10.2.3.4/32", "fd00:2::1/128")), data: None },
+            Element::key(with(1, net("10.1.0.0/16", "fd00:1::/32"))),
+            Element::key(with(1, net("10.2.3.4/32", "fd00:2::1/128"))),
         ],
-        vec![Element { key: vec![tcp, Value::Port(30080)], data: Some(Data::Values(vec![Value::Mark(0x8100)])) }],
-        vec![Element { key: vec![tcp, Value::Mark(0x8101)], data: endpoint(3) }],
+        vec![Element::new(vec![tcp, Value::Port(30080)], Data::Values(vec![Value::Mark(0x8100)]))],
+        vec![Element::new(vec![tcp, Value::Mark(0x8101)], endpoint(3))],
         vec![],
     ]
 }
@@ -275,8 +278,8 @@ fn a_refused_transaction_leaves_nothing_and_says_which_step() {
         kernel.commit(&everything(&table)).unwrap();
         let sets = sets();
         let before = state(&table);
-        let new = Element { key: vec![Value::V4([10, 9, 9, 9].into())], data: None };
-        let missing = Element { key: vec![Value::V4([10, 8, 8, 8].into())], data: None };
+        let new = Element::key(vec![Value::V4([10, 9, 9, 9].into())]);
+        let missing = Element::key(vec![Value::V4([10, 8, 8, 8].into())]);
         let error = kernel
             .commit(&Transaction {
                 table: table.clone(),
@@ -299,9 +302,11 @@ fn the_fake_refuses_what_the_kernel_refuses() {
     in_namespace(|| {
         let table = Table { family: Family::Ip, name: "judge".into() };
         let sets = sets();
-        let element = |n: u8, verdict| Element {
-            key: vec![Value::V4([10, 0, 0, n].into()), Value::Proto(6), Value::Port(80)],
-            data: Some(Data::Verdict(verdict)),
+        let element = |n: u8, verdict| {
+            Element::new(
+                vec![Value::V4([10, 0, 0, n].into()), Value::Proto(6), Value::Port(80)],
+                Data::Verdict(verdict),
+            )
         };
         let add = |e: Element| Op::AddElements { set: sets[0].clone(), elements: vec![e] };
         let rows: Vec<(&str, Vec<Op>)> = vec![
