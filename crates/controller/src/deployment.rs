@@ -15,7 +15,7 @@ use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, Time};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::Api;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::api::{DeleteParams, PostParams, Preconditions};
 use portolan_client::{EventRecorder, EventType};
 
 use crate::Context;
@@ -847,18 +847,16 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
             Err(error) => return Err(error).context("cannot delete an old replica set"),
         }
     }
-    let mut current = Deployment::clone(&deployment);
-    if let Some(revision) = plan.revision {
-        let patch = serde_json::json!({"metadata": {"annotations": {REVISION: revision}}});
-        current = api
-            .patch(&key.name, &PatchParams::default(), &Patch::Merge(patch))
-            .await
-            .context("cannot set the revision of the deployment")?;
-        caches.deployments.wrote(current.clone());
-    }
-    if let Some(status) = status {
-        current.status = Some(status);
-        match api.replace_status(&key.name, &PostParams::default(), &current).await {
+    if status.is_some() || plan.revision.is_some() {
+        // Both through the status: there the annotation does not count as a change of the Deployment (a new generation).
+        let mut updated = Deployment::clone(&deployment);
+        if let Some(revision) = plan.revision {
+            updated.metadata.annotations.get_or_insert_default().insert(REVISION.into(), revision);
+        }
+        if let Some(status) = status {
+            updated.status = Some(status);
+        }
+        match api.replace_status(&key.name, &PostParams::default(), &updated).await {
             Ok(written) => caches.deployments.wrote(written),
             Err(error) if is_not_found(&error) => return Ok(Next::Wait),
             Err(error) => return Err(error).context("cannot update the status"),
