@@ -284,7 +284,7 @@ pub fn answer(
             // Before the first full sync a missing name may only be late. Cluster names must not leak to an upstream then,
             // so this comes before fallthrough for zones of names; reverse names are asked upstream as usual.
             let unsynced = !set.synced;
-            if settings.falls_through(&query.name) && !(unsynced && !zone.is_reverse()) {
+            if settings.falls_through(&query.name) && (!unsynced || zone.is_reverse()) {
                 return unhandled(settings, &query, transport, out);
             }
             responder.soa(Section::Authority);
@@ -457,7 +457,8 @@ enum Name<'q> {
         address: &'q str,
         namespace: &'q str,
     },
-    NameServer,
+    /// `ns.dns`, the name that SOA records give the server.
+    GlueForNs,
     SchemaVersion,
     Unknown,
 }
@@ -470,7 +471,7 @@ fn classify(labels: &Labels, count: usize) -> Name<'_> {
         [] => Name::Apex,
         ["svc" | "pod"] => Name::Middle,
         ["dns-version"] => Name::SchemaVersion,
-        ["ns", "dns"] => Name::NameServer,
+        ["ns", "dns"] => Name::GlueForNs,
         [namespace, "svc"] => Name::Namespace { namespace, pod: false },
         [namespace, "pod"] => Name::Namespace { namespace, pod: true },
         [service, namespace, "svc"] => Name::Service { service, namespace },
@@ -662,7 +663,7 @@ impl<'a> Responder<'a, '_, '_> {
                 Done::Data
             }
             Name::SchemaVersion => Done::NoData,
-            Name::NameServer => {
+            Name::GlueForNs => {
                 let addresses = self.name_servers().into_iter().flat_map(|(_, addresses)| addresses).collect();
                 self.write_addresses(addresses)
             }
@@ -929,7 +930,7 @@ impl<'a> Responder<'a, '_, '_> {
                 self.set.service(&format!("{service}.{namespace}")).map(|e| addresses(e, Part::Port { port, protocol }))
             }
             Name::Pod { address, namespace } => self.pod_addresses(address, namespace).map(|a| vec![a]),
-            Name::NameServer => Some(self.name_servers().into_iter().flat_map(|(_, a)| a).collect()),
+            Name::GlueForNs => Some(self.name_servers().into_iter().flat_map(|(_, a)| a).collect()),
             Name::Apex | Name::Middle | Name::Namespace { .. } | Name::SchemaVersion | Name::Unknown => None,
         };
         let found = of_type(found.unwrap_or_default(), self.query.rtype);

@@ -112,13 +112,13 @@ impl Received {
             return Err(io::Error::last_os_error());
         }
         self.count = got as usize;
-        for i in 0..self.count {
-            self.lengths[i] = (headers[i].msg_len as usize).min(MAX_QUERY);
+        for (i, header) in headers[..self.count].iter().enumerate() {
+            self.lengths[i] = (header.msg_len as usize).min(MAX_QUERY);
             let mut storage = SockAddrStorage::zeroed();
             std::mem::swap(&mut storage, &mut self.names[i]);
             // SAFETY: the kernel wrote an address of this length into the storage.
-            let name = unsafe { SockAddr::new(storage, headers[i].msg_hdr.msg_namelen) };
-            self.peers[i] = name.as_socket().map(|address| Peer { address, local: local_address(&headers[i].msg_hdr) });
+            let name = unsafe { SockAddr::new(storage, header.msg_hdr.msg_namelen) };
+            self.peers[i] = name.as_socket().map(|address| Peer { address, local: local_address(&header.msg_hdr) });
         }
         Ok(self.count)
     }

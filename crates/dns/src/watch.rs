@@ -25,6 +25,7 @@ use crate::metrics::Metrics;
 const TOGETHER: usize = 256;
 const CHANGE_TRIGGER: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
+#[allow(clippy::large_enum_variant, reason = "short-lived: applied as soon as made")]
 enum Change {
     Namespace(Event<Namespace>),
     Service(Event<Service>),

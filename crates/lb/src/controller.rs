@@ -26,6 +26,7 @@ const TOGETHER: usize = 64;
 /// Tries of a patch that meets a change of somebody else's.
 const CONFLICTS: u32 = 5;
 
+#[allow(clippy::large_enum_variant, reason = "short-lived: applied as soon as made")]
 enum Change {
     Service(Event<Service>),
     Slice(Event<EndpointSlice>),

@@ -2,6 +2,9 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+/// Version, size, DO, and options as code and hex digits.
+pub type Edns = (u8, u16, bool, Vec<(u16, String)>);
+
 /// A reply in the notation of the recorded cases.
 #[derive(Debug, Default)]
 pub struct Decoded {
@@ -12,7 +15,7 @@ pub struct Decoded {
     /// Answer, authority, additional (without OPT).
     pub sections: [Vec<String>; 3],
     /// Version, size, DO, options as `code:hex`.
-    pub edns: Option<(u8, u16, bool, Vec<(u16, String)>)>,
+    pub edns: Option<Edns>,
     pub size: usize,
 }
 
