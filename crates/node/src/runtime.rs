@@ -5,7 +5,7 @@
 //! child subreaper, so the first process of a container becomes our child when the runtime command ends and its exit status
 //! is exact.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashSet};
 use std::ffi::CString;
 use std::fs;
 use std::io;
@@ -14,6 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, LazyLock, Mutex};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use nix::mount::{MntFlags, umount2};
@@ -98,6 +99,8 @@ impl Runtime {
         }
         fs::create_dir_all(&root).map_err(|source| StartError::File { action: "create", path: root.clone(), source })?;
         nix::sys::prctl::set_child_subreaper(true).map_err(|e| made(e.into()))?;
+        let name = config.program.file_name().map(|n| n.to_string_lossy().chars().take(15).collect());
+        children().programs.extend(name);
         Ok(Runtime { program: config.program.clone(), root, split_cgroups: cgroups_are_split() })
     }
 
@@ -124,6 +127,7 @@ impl Runtime {
             }
         }
         command.arg(id);
+        let starting = Starting::begin();
         let status = self.status(command).await?;
         if !status.success() {
             let reason = last_line(&log).unwrap_or_else(|| format!("the runtime ended with {status}"));
@@ -134,7 +138,10 @@ impl Runtime {
         let pid: i32 = fs::read_to_string(&pid_file)
             .and_then(|text| text.trim().parse().map_err(io::Error::other))
             .map_err(file_error("read", &pid_file))?;
-        Process::adopt(pid).map_err(file_error("watch the process in", &pid_file))
+        let process = Process::adopt(pid).await.map_err(file_error("watch the process in", &pid_file));
+        drop(starting);
+        reap_strays();
+        process
     }
 
     /// Prepares a command inside a running container. The caller connects its streams, spawns and waits.
@@ -325,21 +332,61 @@ pub(crate) struct Process {
     exit: watch::Receiver<Option<Exit>>,
 }
 
-/// First processes of containers, so that the sweep for strays leaves them to their waiters.
-static ADOPTED: LazyLock<Mutex<HashMap<i32, ()>>> = LazyLock::new(Mutex::default);
+/// What the sweep for strays must leave alone. One for the process, because children belong to the process.
+static CHILDREN: LazyLock<Mutex<Children>> = LazyLock::new(Mutex::default);
+
+#[derive(Default)]
+struct Children {
+    /// First processes of containers, which have their waiters.
+    adopted: HashSet<i32>,
+    /// Names of runtime programs, as the kernel shows them (15 bytes).
+    programs: BTreeSet<String>,
+    /// Starts under way: a container that ends at once is our child before it is adopted.
+    starting: usize,
+}
+
+/// Holds off the sweep while a container is being started.
+struct Starting;
+
+impl Starting {
+    fn begin() -> Starting {
+        children().starting += 1;
+        Starting
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        children().starting -= 1;
+    }
+}
 
 impl Process {
     /// Takes over the waiting for a process that the runtime left to us.
-    fn adopt(pid: i32) -> io::Result<Process> {
+    ///
+    /// A runtime that detaches forks once more, and that fork may outlive the command by a moment: only when it has ended is
+    /// the container's process our child.
+    async fn adopt(pid: i32) -> io::Result<Process> {
         let fd = Arc::new(pidfd_open(pid)?);
-        adopted().insert(pid, ());
+        children().adopted.insert(pid);
+        let parent = stat_field(pid, 1).and_then(|ppid| i32::try_from(ppid).ok()).unwrap_or(0);
+        if parent > 1
+            && u32::try_from(parent) != Ok(std::process::id())
+            && let Ok(parent) = pidfd_open(parent)
+        {
+            // SAFETY: the registration owns the descriptor.
+            let waiter = unsafe { AsyncFd::register_with_interest(parent, tokio::io::Interest::READABLE) }?;
+            if tokio::time::timeout(Duration::from_secs(5), waiter.readable()).await.is_ok() {
+                reap(waiter.get_ref());
+            }
+        }
         let (sender, exit) = watch::channel(None);
         // SAFETY: the descriptor is owned by the registration and by nobody who closes it before.
         let waiter = unsafe { AsyncFd::register_with_interest(fd.clone(), tokio::io::Interest::READABLE) }?;
         tokio::spawn(async move {
             let _ = waiter.readable().await;
             let exit = reap(waiter.get_ref());
-            adopted().remove(&pid);
+            children().adopted.remove(&pid);
             reap_strays();
             let _ = sender.send(Some(exit));
         });
@@ -376,8 +423,8 @@ impl Process {
     }
 }
 
-fn adopted() -> std::sync::MutexGuard<'static, HashMap<i32, ()>> {
-    ADOPTED.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+fn children() -> std::sync::MutexGuard<'static, Children> {
+    CHILDREN.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
@@ -401,21 +448,40 @@ fn reap(fd: &OwnedFd) -> Exit {
     }
 }
 
-/// Reaps processes of containers that became our children without anybody waiting for them, such as a command whose `exec`
-/// was killed. Only those inside a nested pid namespace are touched: the others belong to code that waits for them.
+/// Reaps processes that became our children without anybody waiting for them: the runtime's own forks, and processes of
+/// containers whose `exec` was killed. Recognised by what no other child of ours has: a session of its own together with a
+/// nested pid namespace or the runtime's name. All other children belong to code that waits for them.
 fn reap_strays() {
+    // Held to the end, so that no start begins meanwhile.
+    let children = children();
+    if children.starting > 0 {
+        return;
+    }
+    // SAFETY: no memory is involved.
+    let session = unsafe { libc::getsid(0) };
     let Ok(tasks) = fs::read_dir("/proc/self/task") else { return };
     for task in tasks.flatten() {
-        let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
-        for pid in children.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()) {
+        let list = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        for pid in list.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()) {
+            if children.adopted.contains(&pid) || stat_field(pid, 3) == u64::try_from(session).ok() {
+                continue;
+            }
             let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { continue };
-            let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+            let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim();
             let nested = field("NSpid:").split_whitespace().count() > 1;
-            if nested && field("State:").trim_start().starts_with('Z') && !adopted().contains_key(&pid) {
+            let runtime = children.programs.iter().any(|program| program == field("Name:"));
+            if (nested || runtime) && field("State:").starts_with('Z') {
                 let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
             }
         }
     }
+}
+
+/// A number of `/proc/{pid}/stat`, counted after the state (proc_pid_stat(5)): 1 is the parent, 3 the session, 19 the start.
+/// The command's name before it may itself hold spaces and parentheses.
+fn stat_field(pid: i32, index: usize) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(index)?.parse().ok()
 }
 
 /// Kills a command inside a container by the process id that its `exec` wrote, if it is still that container's.
@@ -481,10 +547,7 @@ fn recorded_process(container: &Path) -> Option<OwnedFd> {
     let pid = i32::try_from(status.get("pid")?.as_i64()?).ok()?;
     let started = status.get("process-start-time")?.as_u64()?;
     let fd = pidfd_open(pid).ok()?;
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // Field 22, counted after the command name, which may itself hold spaces and parentheses (proc_pid_stat(5)).
-    let now: u64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
-    (now == started).then_some(fd)
+    (stat_field(pid, 19)? == started).then_some(fd)
 }
 
 /// The cgroup path below each hierarchy for containers of the node that keeps its runtime state in `node_dir`.

@@ -142,6 +142,13 @@ pub fn shell(script: &str) -> Value {
            "containers": [{"name": "main", "image": "portolan.dev/toolbox", "command": ["/bin/sh", "-c", script]}]})
 }
 
+/// Like [`shell`], ready once the script has made the file `/tmp/up`: its traps are set then.
+pub fn shell_with_trap(script: &str) -> Value {
+    let mut spec = shell(script);
+    spec["containers"][0]["readinessProbe"] = json!({"exec": {"command": ["test", "-e", "/tmp/up"]}, "periodSeconds": 1});
+    spec
+}
+
 /// Processes that see anything of `dir` in their mounts, and mounts of this process below it.
 pub fn traces(dir: &Path) -> Vec<String> {
     let needle = dir.display().to_string();

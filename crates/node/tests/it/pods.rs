@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, PodStatus, Secret};
 use serde_json::{Value, json};
 
 use crate::api::condition;
-use crate::cluster::{Node, shell};
+use crate::cluster::{Node, shell, shell_with_trap};
 
 fn echo(extra: Value) -> Value {
     let mut container = json!({"name": "web", "image": "portolan.dev/echo", "args": ["--port", "8080", "--udp-port", "9090"]});
@@ -127,7 +127,7 @@ async fn environment_volumes_and_files_arrive() {
         echo "FILES=$(cat /cfg/file.txt)/$(cat /one)/$(cat /sec/pass)/$(cat /tok/token)/$(cat /tok/labels)"
         cat /etc/resolv.conf; grep main- /etc/hosts; grep extra /etc/hosts
         echo data > /shared/x && cat /shared/x; touch /usr/nope 2>/dev/null || echo "usr is read-only"; touch /sec/no 2>/dev/null || echo "volume is read-only"
-        id -u; echo "CWD=$(pwd)"; cat /proc/1/comm; ls /sys/class/net | tr '\n' ' '; ip -4 -o addr show eth0 | awk '{print $4}'
+        id -u; echo "CWD=$(pwd)"; cat /proc/1/comm; ls /sys/class/net; ip -4 -o addr show eth0 | awk '{print $4}'
     "#;
     node.run(
         "main-pod",
@@ -271,7 +271,7 @@ async fn init_containers_and_sidecars_keep_their_order() {
 #[tokio::test(flavor = "multi_thread")]
 async fn termination_is_polite_then_firm() {
     let node = Node::start("term").await;
-    let mut spec = shell("trap 'echo got TERM' TERM; echo up; while :; do sleep 0.1; done");
+    let mut spec = shell_with_trap("trap 'echo got TERM' TERM; touch /tmp/up; while :; do sleep 0.1; done");
     spec["containers"][0]["lifecycle"] = json!({"preStop": {"exec": {"command": ["/bin/sh", "-c", "echo hook > /proc/1/fd/1"]}}});
     let pod = node.run("deaf", spec);
     node.api.ready("deaf").await;
@@ -287,7 +287,7 @@ async fn termination_is_polite_then_firm() {
     assert_eq!(end.exit_code, 137);
     assert_eq!(status.phase.as_deref(), Some("Failed"));
 
-    let pod = node.run("quick", shell("trap 'exit 0' TERM; while :; do sleep 0.05; done"));
+    let pod = node.run("quick", shell_with_trap("trap 'exit 0' TERM; touch /tmp/up; while :; do sleep 0.05; done"));
     node.api.ready("quick").await;
     let begin = Instant::now();
     node.delete(&pod, 30);
@@ -300,12 +300,16 @@ async fn hooks_and_probes_of_the_other_kinds() {
     let node = Node::start("kinds").await;
     let mut spec = echo(json!({
         "readinessProbe": {"tcpSocket": {"port": "http"}, "periodSeconds": 1},
-        "ports": [{"name": "http", "containerPort": 8080}],
-        "lifecycle": {"postStart": {"httpGet": {"path": "/fail", "port": 8080}}}}));
+        "ports": [{"name": "http", "containerPort": 8080}]}));
     spec["containers"][0]["livenessProbe"] = json!({"tcpSocket": {"port": 9999}, "periodSeconds": 1, "failureThreshold": 100});
     node.run("web", spec);
     node.api.event("Unhealthy", "Liveness probe failed: dial tcp 10.244.1.2:9999: connect: connection refused").await;
     let status = node.api.ready("web").await;
+    let mut spec = shell("sleep 60");
+    spec["containers"][0]["lifecycle"] =
+        json!({"postStart": {"httpGet": {"host": status.pod_ip, "path": "/fail", "port": 8080}}});
+    node.run("caller", spec);
+    node.api.ready("caller").await;
     let answer = node.get(address(&status, 8080), "/healthz").await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 500"), "the hook has been run: {answer}");
 

@@ -109,11 +109,15 @@ async fn a_client_that_goes_away_takes_its_command_with_it() {
         open(&node, "/exec/shop/sleeper/main?command=sh&command=-c&command=echo+on%3B+exec+sleep+1234.5&output=1", "v5.channel.k8s.io").await;
     let first = tokio::time::timeout(Duration::from_secs(5), socket.next()).await.unwrap().unwrap().unwrap();
     assert_eq!(first, Message::binary(b"\x01on\n".to_vec()));
-    assert!(running("1234.5"));
+    until("the command runs", || running("1234.5")).await;
     drop(socket);
+    until("the command has ended", || !running("1234.5")).await;
+}
+
+async fn until(what: &str, check: impl Fn() -> bool) {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
-    while running("1234.5") {
-        assert!(tokio::time::Instant::now() < deadline, "the command still runs");
+    while !check() {
+        assert!(tokio::time::Instant::now() < deadline, "not so after five seconds: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

@@ -5,21 +5,34 @@ use std::time::Duration;
 use portolan_linux::Netlink;
 use serde_json::json;
 
-use crate::cluster::{Node, shell, traces};
+use crate::cluster::{Node, program, shell, traces};
 
 async fn links(node: &Node) -> Vec<String> {
     let links = Netlink::open(&node.netns).unwrap().links().await.unwrap();
     links.into_iter().map(|l| l.name).filter(|name| name != "lo").collect()
 }
 
+/// Dead children that nobody has waited for. Other tests of this process start and end commands all the time, so only those
+/// that stay count.
+fn zombies() -> Vec<String> {
+    let own = format!("PPid:\t{}\n", std::process::id());
+    let statuses = std::fs::read_dir("/proc").unwrap().flatten();
+    let statuses = statuses.filter_map(|e| std::fs::read_to_string(e.path().join("status")).ok());
+    let dead = statuses.filter(|s| s.contains(&own) && s.contains("State:\tZ"));
+    dead.filter_map(|s| s.lines().find(|l| l.starts_with("Pid:")).map(str::to_string)).collect()
+}
+
 async fn gone(node: &Node) {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+    let mut dead = zombies();
     loop {
         let (traces, links) = (traces(&node.dir), links(node).await);
-        if traces.is_empty() && links.is_empty() {
+        let now = zombies();
+        dead.retain(|pid| now.contains(pid));
+        if traces.is_empty() && links.is_empty() && dead.is_empty() {
             return;
         }
-        assert!(tokio::time::Instant::now() < deadline, "left behind: {traces:#?} {links:?}");
+        assert!(tokio::time::Instant::now() < deadline, "left behind: {traces:#?} {links:?} {dead:?}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -72,20 +85,34 @@ async fn an_agent_that_stops_takes_its_containers_with_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cleanup_removes_what_a_dead_agent_left() {
+async fn cleanup_removes_what_a_killed_agent_left() {
+    use std::io::BufRead;
     let node = Node::start("dead").await;
-    for pod in pods_of_all_sorts(&node) {
-        node.api.ready(pod.metadata.name.as_deref().unwrap()).await;
-    }
-    assert!(!traces(&node.dir).is_empty());
-    // The workers still live, as does a process that is not ours: neither is asked, and neither is harmed.
-    portolan_node::cleanup(&node.config.run_dir, &node.config.state_dir).unwrap();
+    let mut agent = std::process::Command::new(program())
+        .args(["hold".as_ref(), node.dir.as_os_str()])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    std::io::BufReader::new(agent.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "running\n");
+    assert!(traces(&node.dir).iter().any(|t| t.contains("sleep")), "{:#?}", traces(&node.dir));
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    let mut bystander = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+    assert!(!traces(&node.dir).is_empty(), "containers outlive their agent");
+
+    portolan_node::cleanup(&node.dir.join("held/run"), &node.dir.join("held/state")).unwrap();
     let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
     while !traces(&node.dir).is_empty() {
         assert!(tokio::time::Instant::now() < deadline, "left behind: {:#?}", traces(&node.dir));
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    portolan_node::cleanup(&node.config.run_dir, &node.config.state_dir).unwrap();
+    assert!(!node.dir.join("held/run/node").exists() && !node.dir.join("held/state/node").exists());
+    assert!(bystander.try_wait().unwrap().is_none(), "what is not ours lives");
+    bystander.kill().unwrap();
+    bystander.wait().unwrap();
+    portolan_node::cleanup(&node.dir.join("held/run"), &node.dir.join("held/state")).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
