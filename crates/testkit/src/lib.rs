@@ -151,7 +151,8 @@ impl Cluster {
         let line = format!("{command:?} <<END\n{input}\nEND");
         let mut child = command.spawn().unwrap_or_else(|e| panic!("cannot run {line}: {e}"));
         let mut stdin = child.stdin.take().expect("was piped");
-        let input = input.to_string();
+        // kubectl takes anything that begins with a brace for JSON; a document marker says that it is YAML.
+        let input = if input.starts_with('{') { format!("---\n{input}") } else { input.to_string() };
         let writer = std::thread::spawn(move || stdin.write_all(input.as_bytes()));
         let output = child.wait_with_output().expect("kubectl ends");
         // kubectl may stop reading early on an error; that shows in its output.

@@ -34,10 +34,11 @@ fn objects_are_made_read_changed_and_removed() {
     assert_eq!(c.kubectl("get configmap settings -o jsonpath={.data}").ok(), r#"{"size":"1"}"#);
     c.kubectl("get configmap settings -o yaml").has("size: \"1\"").unwrap();
 
-    let edited = portolan_testkit::run(
-        c.kubectl_command().args(["edit", "configmap", "settings"]).env("KUBE_EDITOR", "sed -i s/size:.*/size:\\ \"2\"/"),
-    );
-    edited.ok();
+    let editor = c.kubeconfig.with_file_name("editor");
+    std::fs::write(&editor, "#!/bin/sh\nsed -i 's/size: \"1\"/size: \"2\"/' \"$1\"\n").unwrap();
+    std::fs::set_permissions(&editor, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let mut edit = c.kubectl_command();
+    portolan_testkit::run(edit.args(["edit", "configmap", "settings"]).env("KUBE_EDITOR", &editor)).ok();
     assert_eq!(c.kubectl("get configmap settings -o jsonpath={.data.size}").ok(), "2");
 
     let manifest = "{apiVersion: v1, kind: ConfigMap, metadata: {name: applied}, data: {a: '1'}}";
