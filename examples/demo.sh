@@ -101,7 +101,7 @@ show '"pod":"web-frontend-' "${outside[@]}" curl -sS --max-time 5 "http://$addre
 say "7. Ingress: by name, with TLS, through DNS, load balancer, proxy and Service endpoints"
 until_ok 20 kubectl -n production wait ingress/web-ingress --for=jsonpath='{.status.loadBalancer.ingress[0].ip}' --timeout=20s
 show '^192\.168\.70\.' "${outside[@]}" dig +short api.example.com
-show '"pod":"users-api-.*"path":"/"' "${outside[@]}" curl -sSk --max-time 5 https://api.example.com/users
+show '"path":"/",.*"pod":"users-api-' "${outside[@]}" curl -sSk --max-time 5 https://api.example.com/users
 show '"pod":"products-api-' "${outside[@]}" curl -sSk --max-time 5 https://api.example.com/products
 show '"pod":"admin-console-' "${outside[@]}" curl -sSk --max-time 5 https://admin.example.com/
 show '308|301' "${outside[@]}" curl -sS --max-time 5 -o /dev/null -w '%{http_code} %{redirect_url}\n' http://api.example.com/users

@@ -93,7 +93,7 @@ fn spec(faults: &mut Faults, kind: &Kind, new: &Value, old: Option<&Value>) {
         ("networking.k8s.io", "ServiceCIDR") => network::service_cidr(faults, new, old),
         ("networking.k8s.io", "IPAddress") => network::ip_address(faults, new),
         ("coordination.k8s.io", "Lease") => core::lease(faults, new),
-        ("apiextensions.k8s.io", "CustomResourceDefinition") => extension::definition(faults, new),
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => extension::definition(faults, new, old),
         ("rbac.authorization.k8s.io", _) => core::rbac(faults, kind, new),
         ("policy", "PodDisruptionBudget") => core::disruption_budget(faults, new),
         ("scheduling.k8s.io", "PriorityClass") => core::priority_class(faults, new, old),

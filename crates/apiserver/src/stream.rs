@@ -374,7 +374,10 @@ fn service_address(
         "" => String::new(),
         wanted => ports
             .iter()
-            .find(|port| meta::text(port, &["name"]) == wanted || port["port"].to_string() == wanted)
+            .find(|port| {
+                let number = wanted.parse::<u64>().ok();
+                meta::text(port, &["name"]) == wanted || (number.is_some() && port["port"].as_u64() == number)
+            })
             .map(|port| meta::text(port, &["name"]).to_owned())
             .ok_or_else(|| {
                 Status::service_unavailable(format!(

@@ -304,6 +304,9 @@ fn diff(
     comparison: &mut Comparison,
 ) {
     let Some(present) = new.or(old) else { return };
+    if old == new {
+        return;
+    }
     let map = |value: Option<&Value>| value.and_then(Value::as_object).is_none_or(Map::is_empty);
     let list = |value: Option<&Value>| value.and_then(Value::as_array).is_none_or(Vec::is_empty);
     let leaf = match shape(place, present) {
@@ -324,9 +327,8 @@ fn diff(
     match shape(place, present) {
         Shape::Map => {
             let empty = Map::new();
-            let members = |value: Option<&'_ Value>| value.and_then(Value::as_object).cloned().unwrap_or_default();
             let old_members = old.and_then(Value::as_object).unwrap_or(&empty);
-            let new_members = members(new);
+            let new_members = new.and_then(Value::as_object).unwrap_or(&empty);
             if matches!((old, new), (Some(old), Some(new)) if old.is_object() != new.is_object() && !old.is_null() && !new.is_null())
             {
                 comparison.modified.insert(path);
@@ -342,10 +344,11 @@ fn diff(
             }
         }
         Shape::List(element, relation) => {
-            let items = |value: Option<&'_ Value>| value.and_then(Value::as_array).cloned().unwrap_or_default();
-            let (old_items, new_items) = (items(old), items(new));
-            let old_items = indexed(types, element, relation, &old_items);
-            let new_items = indexed(types, element, relation, &new_items);
+            let none = Vec::new();
+            let old_items = old.and_then(Value::as_array).unwrap_or(&none);
+            let new_items = new.and_then(Value::as_array).unwrap_or(&none);
+            let old_items = indexed(types, element, relation, old_items);
+            let new_items = indexed(types, element, relation, new_items);
             let mut paths: Vec<&String> = Vec::new();
             for (here, _) in old_items.iter().chain(&new_items) {
                 if !paths.contains(&here) {
@@ -354,24 +357,26 @@ fn diff(
             }
             let inner = atom(types, element, None);
             for here in paths {
-                let of = |items: &[(String, &Value)]| -> Vec<Value> {
-                    items.iter().filter(|(other, _)| other == here).map(|(_, item)| (*item).clone()).collect()
-                };
-                let (old_same, new_same) = (of(&old_items), of(&new_items));
+                let (old_same, new_same): (Vec<&Value>, Vec<&Value>) = (
+                    old_items.iter().filter(|(other, _)| other == here).map(|(_, item)| *item).collect(),
+                    new_items.iter().filter(|(other, _)| other == here).map(|(_, item)| *item).collect(),
+                );
                 path.push(here.clone());
                 match (old_same.as_slice(), new_same.as_slice()) {
-                    ([] | [_], [] | [_]) => diff(types, inner, old_same.first(), new_same.first(), path, comparison),
+                    ([] | [_], [] | [_]) => {
+                        diff(types, inner, old_same.first().copied(), new_same.first().copied(), path, comparison);
+                    }
                     ([_, _, ..], [_, _, ..]) => {
                         if old_same != new_same {
                             comparison.modified.insert(path);
                         }
                     }
                     ([_, _, ..], rest) => {
-                        diff(types, inner, None, rest.first(), path, comparison);
+                        diff(types, inner, None, rest.first().copied(), path, comparison);
                         comparison.removed.insert(path);
                     }
                     (rest, [_, _, ..]) => {
-                        diff(types, inner, rest.first(), None, path, comparison);
+                        diff(types, inner, rest.first().copied(), None, path, comparison);
                         comparison.added.insert(path);
                     }
                 }

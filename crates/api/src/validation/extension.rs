@@ -7,10 +7,11 @@ use super::{Faults, strings};
 use crate::meta;
 use crate::status::FieldError;
 
-pub(super) fn definition(faults: &mut Faults, new: &Value) {
+pub(super) fn definition(faults: &mut Faults, new: &Value, old: Option<&Value>) {
     let group = meta::text(new, &["spec", "group"]);
     let plural = meta::text(new, &["spec", "names", "plural"]);
-    if meta::name(new) != format!("{plural}.{group}") {
+    // Neither part can change later, so the name is judged once.
+    if old.is_none() && meta::name(new) != format!("{plural}.{group}") {
         faults.invalid("metadata.name", meta::name(new), "must be spec.names.plural+\".\"+spec.group");
     }
     faults.required_syntax("spec.group", group, meta::dns1123_subdomain);
@@ -159,7 +160,7 @@ mod tests {
         });
         change(&mut definition);
         let mut faults = Faults::default();
-        self::definition(&mut faults, &definition);
+        self::definition(&mut faults, &definition, None);
         faults.list.iter().map(|fault| format!("{} {}", fault.field, fault.reason())).collect()
     }
 

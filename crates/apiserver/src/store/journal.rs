@@ -142,7 +142,8 @@ impl Journal {
     }
 
     fn objects(&self) -> Result<Vec<(Arc<str>, Key, Object)>, Error> {
-        let rows = || -> Result<Vec<(Arc<str>, Key, u64, Vec<u8>)>, redb::Error> {
+        type Row = (Arc<str>, Key, u64, Vec<u8>);
+        let rows = || -> Result<Vec<Row>, redb::Error> {
             let txn = self.database.begin_read()?;
             let table = txn.open_table(OBJECTS)?;
             let mut rows = Vec::with_capacity(usize::try_from(table.len()?).unwrap_or(0));

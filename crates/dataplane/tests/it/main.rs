@@ -2,6 +2,7 @@
 //! the evaluator, random histories against a fake, restarts, interference, and size.
 #![allow(clippy::unwrap_used)]
 
+mod agent;
 mod case;
 mod echo;
 mod evaluate;

@@ -5,5 +5,6 @@
 mod api;
 mod decode;
 mod golden;
+mod memory;
 mod server;
 mod upstream;

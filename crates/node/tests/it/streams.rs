@@ -177,7 +177,8 @@ async fn ports_are_forwarded_into_the_pod() {
     let node = Node::start("forward").await;
     node.run(
         "web",
-        json!({"containers": [{"name": "web", "image": "portolan.dev/echo", "args": ["--port", "8080", "--tcp-port", "7000"]}]}),
+        json!({"containers": [{"name": "web", "image": "portolan.dev/echo", "args": ["--port", "8080", "--tcp-port", "7000"],
+                               "readinessProbe": {"tcpSocket": {"port": 7000}, "periodSeconds": 1}}]}),
     );
     node.api.ready("web").await;
     let mut socket = open(&node, "/portForward/shop/web?ports=7000&ports=7001", "v4.channel.k8s.io").await;
