@@ -25,7 +25,8 @@ show() {
   printf '   $ %s\n' "${*//$portolan/portolan}"
   output=$("$@" 2>&1)
   status=$?
-  printf '%s\n' "$output" | cut -c1-220 | sed 's/^/     /'
+  # The echo server lists the request's headers too; what matters here is who answered and what it saw.
+  printf '%s\n' "$output" | sed -E 's/"headers":\{[^}]*\},//; s/^/     /' | cut -c1-240
   if ! grep -qE -- "$pattern" <<<"$output"; then
     fail "expected output to match: $pattern (exit code $status)"
   fi
