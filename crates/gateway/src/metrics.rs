@@ -528,7 +528,7 @@ mod tests {
             "nginx_ingress_controller_requests{controller_class=\"k8s.io/ingress-nginx\",controller_namespace=\"\",controller_pod=\"\",namespace=\"ns\",ingress=\"i\",service=\"s\",host=\"h\",path=\"/\",method=\"GET\",status=\"200\",canary=\"\"} 1",
             "nginx_ingress_controller_nginx_process_requests_total{",
             "nginx_ingress_controller_config_last_reload_successful{",
-            "status=\"200\",canary=\"\",le=\"0.01\"} 1",
+            "nginx_ingress_controller_request_duration_seconds_bucket{le=\"0.01\",controller_class=",
             "nginx_ingress_controller_leader_election_status{",
         ] {
             assert!(text.contains(line), "{line}\n{text}");

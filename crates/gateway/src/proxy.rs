@@ -403,8 +403,8 @@ async fn proxy(
     let mut target: &str = &forward.target;
     let mut errors = Vec::new();
     exchange.upstream = Some(id);
-    if snapshot.endpoints(id).pick().0.is_empty() {
-        match rule.default_backend.filter(|id| !snapshot.endpoints(*id).pick().0.is_empty()) {
+    if snapshot.endpoints(id).is_empty() {
+        match rule.default_backend.filter(|id| !snapshot.endpoints(*id).is_empty()) {
             Some(default) => {
                 errors = error_headers(snapshot, rule, parts, exchange);
                 id = default;

@@ -53,6 +53,11 @@ impl Endpoints {
         }
     }
 
+    /// Whether there is nowhere to go at this moment.
+    pub fn is_empty(&self) -> bool {
+        self.addresses.load().is_empty()
+    }
+
     /// The endpoints of this moment, and where in the round this request begins.
     pub fn pick(&self) -> (arc_swap::Guard<Arc<Vec<SocketAddr>>>, usize) {
         (self.addresses.load(), self.next.fetch_add(1, Ordering::Relaxed))
