@@ -274,16 +274,17 @@ impl Pipeline<'_> {
         } else {
             None
         };
-        strategy::prepare_update(kind, &mut new, &old_value, change.subresource);
+        // A binding writes spec and status at once, past the strategy; its own rules have been checked.
+        let binding = change.subresource == Some("binding");
+        if !binding {
+            strategy::prepare_update(kind, &mut new, &old_value, change.subresource);
+        }
         let definition = kind.is("apiextensions.k8s.io", "CustomResourceDefinition");
         if definition && change.subresource.is_none() {
             crd::prepare_update(&mut new);
         }
-        // A binding changes what an update may not; its own rules have been checked.
-        let mut faults = match change.subresource {
-            Some("binding") => Vec::new(),
-            subresource => validation::validate_update(kind, &new, &old_value, subresource),
-        };
+        let mut faults =
+            if binding { Vec::new() } else { validation::validate_update(kind, &new, &old_value, change.subresource) };
         if let Some(custom) = &entry.custom {
             faults.extend(crd::validate_value(&custom.schema, &new));
         }

@@ -220,3 +220,39 @@ async fn unknown_fields_warn_or_are_refused() {
     assert_eq!(refused.code, 400);
     assert!(refused.body["message"].as_str().expect("text").contains("strict decoding error: unknown field \"dta\""));
 }
+
+#[tokio::test]
+async fn a_binding_puts_a_pod_on_a_node_once() {
+    let f = Fixture::start().await;
+    let pods = "/api/v1/namespaces/default/pods";
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"},
+        "spec": {"containers": [{"name": "c", "image": "i"}]}});
+    assert_eq!(f.post(pods, &pod).await.code, 201);
+    let binding = json!({"apiVersion": "v1", "kind": "Binding", "metadata": {"name": "p", "annotations": {"a": "b"}},
+        "target": {"kind": "Node", "name": "n1"}});
+    assert_eq!(f.post(&format!("{pods}/p/binding"), &binding).await.code, 201);
+    let bound = f.get(&format!("{pods}/p")).await.body;
+    assert_eq!(bound["spec"]["nodeName"], "n1");
+    assert_eq!(bound["metadata"]["annotations"]["a"], "b");
+    assert_eq!(bound["status"]["conditions"][0]["type"], "PodScheduled");
+    assert_eq!(bound["status"]["conditions"][0]["status"], "True");
+    let again = f.post(&format!("{pods}/p/binding"), &binding).await;
+    assert_eq!(again.code, 409);
+    assert!(
+        again.body["message"].as_str().expect("text").ends_with("pod p is already assigned to node \"n1\""),
+        "{again:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_namespace_ends_when_it_is_finalized() {
+    let f = Fixture::start().await;
+    f.post("/api/v1/namespaces", &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "n"}})).await;
+    let path = "/api/v1/namespaces/n";
+    assert_eq!(f.delete(path).await.body["status"]["phase"], "Terminating");
+    let refused = f.post("/api/v1/namespaces/n/configmaps", &map("a")).await;
+    assert_eq!((refused.code, &refused.body["details"]["causes"][0]["reason"]), (403, &json!("NamespaceTerminating")));
+    let done = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "n"}, "spec": {"finalizers": []}});
+    assert_eq!(f.put(&format!("{path}/finalize"), &done).await.code, 200);
+    assert_eq!(f.get(path).await.code, 404);
+}
