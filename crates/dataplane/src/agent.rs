@@ -14,7 +14,7 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Resource, ResourceExt};
 use portolan_client::{EventRecorder, EventType};
 use portolan_linux::{Netns, set_sysctl};
-use portolan_observe::Observer;
+use portolan_observe::{Observer, ReadyGate};
 use portolan_plan::finding::Severity;
 use portolan_plan::world::{IpFamily, LocalDetection, NodeView, ObjectKey, parse_ip, parse_net};
 use tokio_util::sync::CancellationToken;
@@ -112,15 +112,26 @@ pub enum Error {
 ///
 /// # Errors
 /// Fails at start when the kernel cannot be reached, and when the applier's thread dies.
-pub async fn run(
+pub fn run(
     config: AgentConfig,
     client: kube::Client,
     observer: Observer,
     shutdown: CancellationToken,
+) -> impl Future<Output = Result<(), Error>> + Send {
+    // At once, and not at the first poll: nobody shall see a process without this gate as ready.
+    let gate = observer.gate(&format!("proxy/{}", config.node_name));
+    gate.not_ready("Services and EndpointSlices are not programmed yet");
+    follow_cluster(config, client, observer, gate, shutdown)
+}
+
+async fn follow_cluster(
+    config: AgentConfig,
+    client: kube::Client,
+    observer: Observer,
+    gate: ReadyGate,
+    shutdown: CancellationToken,
 ) -> Result<(), Error> {
     let node_name = config.node_name.clone();
-    let gate = observer.gate(&format!("proxy/{node_name}"));
-    gate.not_ready("Services and EndpointSlices are not programmed yet");
     let metrics = config.metrics.clone().unwrap_or_else(|| observer.register(Metrics::register));
     let kernel = |source| Error::Kernel { node: node_name.clone(), source };
 

@@ -79,11 +79,11 @@ impl Conntrack {
         Ok(Conntrack { socket: netns.run(|| Socket::open(libc::NETLINK_NETFILTER))??, sequence: 0 })
     }
 
-    /// All UDP flows of a family.
-    pub fn udp_flows(&mut self, family: IpFamily) -> io::Result<Vec<Flow>> {
+    /// All UDP flows of both families. The kernel walks its whole table, whatever is in it: some milliseconds.
+    pub fn udp_flows(&mut self) -> io::Result<Vec<Flow>> {
         let mut flows = Vec::new();
         for _ in 0..DUMP_TRIES {
-            let (dumped, whole) = self.dump(family)?;
+            let (dumped, whole) = self.dump()?;
             flows = dumped;
             if whole {
                 break;
@@ -92,9 +92,9 @@ impl Conntrack {
         Ok(flows)
     }
 
-    fn dump(&mut self, family: IpFamily) -> io::Result<(Vec<Flow>, bool)> {
+    fn dump(&mut self) -> io::Result<(Vec<Flow>, bool)> {
         self.sequence += 1;
-        self.socket.send(&message(IPCTNL_MSG_CT_GET, NLM_F_REQUEST | NLM_F_DUMP, self.sequence, family, &[]))?;
+        self.socket.send(&message(IPCTNL_MSG_CT_GET, NLM_F_REQUEST | NLM_F_DUMP, self.sequence, None, &[]))?;
         let mut flows = Vec::new();
         let mut whole = true;
         loop {
@@ -143,7 +143,13 @@ impl Conntrack {
             ]
             .concat(),
         );
-        self.socket.send(&message(IPCTNL_MSG_CT_DELETE, NLM_F_REQUEST | NLM_F_ACK, self.sequence, family, &tuple))?;
+        self.socket.send(&message(
+            IPCTNL_MSG_CT_DELETE,
+            NLM_F_REQUEST | NLM_F_ACK,
+            self.sequence,
+            Some(family),
+            &tuple,
+        ))?;
         loop {
             let buffer = self.socket.receive()?;
             let sequence = buffer.get(8..12).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
@@ -162,7 +168,7 @@ fn error(body: &[u8]) -> i32 {
     body.get(..4).map_or(libc::EIO, |b| -i32::from_ne_bytes([b[0], b[1], b[2], b[3]]))
 }
 
-fn message(kind: u16, flags: u16, sequence: u32, family: IpFamily, attributes: &[u8]) -> Vec<u8> {
+fn message(kind: u16, flags: u16, sequence: u32, family: Option<IpFamily>, attributes: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(20 + attributes.len());
     bytes.extend_from_slice(&(20 + attributes.len() as u32).to_ne_bytes());
     bytes.extend_from_slice(&(NFNL_SUBSYS_CTNETLINK << 8 | kind).to_ne_bytes());
@@ -170,8 +176,9 @@ fn message(kind: u16, flags: u16, sequence: u32, family: IpFamily, attributes: &
     bytes.extend_from_slice(&sequence.to_ne_bytes());
     bytes.extend_from_slice(&[0; 4]);
     let family = match family {
-        IpFamily::V4 => libc::AF_INET,
-        IpFamily::V6 => libc::AF_INET6,
+        None => libc::AF_UNSPEC,
+        Some(IpFamily::V4) => libc::AF_INET,
+        Some(IpFamily::V6) => libc::AF_INET6,
     };
     bytes.extend_from_slice(&[family as u8, 0, 0, 0]);
     bytes.extend_from_slice(attributes);

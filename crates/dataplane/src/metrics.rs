@@ -124,6 +124,13 @@ impl Metrics {
             "Times that the table was put right after interference",
             m.healed.clone(),
         );
+        // Zero is something to see; a series that is not there yet breaks rates and alerts.
+        for family in IpFamily::ALL {
+            let label = FamilyLabel { ip_family: family.as_str() };
+            m.programming.get_or_create(&label);
+            m.sync_partial.get_or_create(&label);
+            m.sync_failures.get_or_create(&label);
+        }
         m
     }
 

@@ -289,13 +289,11 @@ impl ServiceProxy {
     fn reconcile_flows(&mut self) -> io::Result<usize> {
         let Some(conntrack) = &mut self.conntrack else { return Ok(0) };
         let mut count = 0;
-        for family in IpFamily::ALL {
-            let flows = conntrack.udp_flows(family)?;
-            for flow in conntrack::stale(self.planner.map(), &self.removed_udp, &flows) {
-                conntrack.delete(&flow)?;
-                debug!(?flow, "stale UDP flow removed");
-                count += 1;
-            }
+        let flows = conntrack.udp_flows()?;
+        for flow in conntrack::stale(self.planner.map(), &self.removed_udp, &flows) {
+            conntrack.delete(&flow)?;
+            debug!(?flow, "stale UDP flow removed");
+            count += 1;
         }
         Ok(count)
     }
