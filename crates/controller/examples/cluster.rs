@@ -6,7 +6,7 @@
 //! ```
 //!
 //! It prints its URL and the administrator's token (always `golden`) on one line each, then serves until it is ended. The
-//! recorded conversations want it `--without scheduler,node-lifecycle-controller,pod-garbage-collector-controller`, because their
+//! recorded conversations want it `--without scheduler,pod-garbage-collector-controller`, because their
 //! nodes and pods are bare objects; those of workloads also want the admission plugin ServiceAccount off.
 
 use std::collections::BTreeSet;

@@ -8,6 +8,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod cache;
+pub mod daemonset;
 pub mod deployment;
 mod discovery;
 mod endpoints;
@@ -43,6 +44,7 @@ pub enum Controller {
     Deployment,
     ReplicaSet,
     StatefulSet,
+    DaemonSet,
     Scheduler,
     GarbageCollector,
     Namespace,
@@ -54,13 +56,14 @@ pub enum Controller {
 
 impl Controller {
     /// All of them.
-    pub const ALL: [Controller; 13] = [
+    pub const ALL: [Controller; 14] = [
         Controller::EndpointSlice,
         Controller::Endpoints,
         Controller::EndpointSliceMirroring,
         Controller::Deployment,
         Controller::ReplicaSet,
         Controller::StatefulSet,
+        Controller::DaemonSet,
         Controller::Scheduler,
         Controller::GarbageCollector,
         Controller::Namespace,
@@ -79,6 +82,7 @@ impl Controller {
             Controller::Deployment => "deployment-controller",
             Controller::ReplicaSet => "replicaset-controller",
             Controller::StatefulSet => "statefulset-controller",
+            Controller::DaemonSet => "daemonset-controller",
             Controller::Scheduler => "scheduler",
             Controller::GarbageCollector => "garbage-collector-controller",
             Controller::Namespace => "namespace-controller",
@@ -193,6 +197,9 @@ pub async fn run(
     }
     if on(Controller::StatefulSet) {
         controllers.push(Box::pin(statefulset::start(context.clone())));
+    }
+    if on(Controller::DaemonSet) {
+        controllers.push(Box::pin(daemonset::start(context.clone())));
     }
     if on(Controller::Scheduler) {
         controllers.push(Box::pin(scheduler::start(context.clone())));

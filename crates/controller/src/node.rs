@@ -249,7 +249,8 @@ async fn watch_over(
     }
     let on_node = |p: &Arc<Pod>| p.spec.as_ref().and_then(|s| s.node_name.as_deref()) == Some(name.as_str());
     let node_pods: Vec<Arc<Pod>> = context.caches.pods.all().into_iter().filter(on_node).collect();
-    if ready_status(&node).is_some_and(|s| s != "True") {
+    // Pods on a bare Node object have no kubelet that could have been lost.
+    if has_kubelet && ready_status(&node).is_some_and(|s| s != "True") {
         for pod in node_pods.iter().filter(|p| pods::is_ready(p)) {
             mark_not_ready(&context, &events, pod).await?;
         }

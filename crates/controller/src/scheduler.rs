@@ -243,6 +243,22 @@ fn label<'a>(node: &'a Node, key: &str) -> Option<&'a str> {
     node.metadata.labels.as_ref()?.get(key).map(String::as_str)
 }
 
+/// Whether a node is one that the pod asks for, by selector and required affinity.
+pub(crate) fn wants_node(spec: &PodSpec, node: &Node) -> bool {
+    let required = spec
+        .affinity
+        .as_ref()
+        .and_then(|a| a.node_affinity.as_ref())
+        .and_then(|a| a.required_during_scheduling_ignored_during_execution.as_ref());
+    spec.node_selector.iter().flatten().all(|(k, v)| label(node, k) == Some(v.as_str()))
+        && required.is_none_or(|r| r.node_selector_terms.iter().any(|term| term_matches(term, node)))
+}
+
+/// Whether the pod tolerates all taints of a node that have this effect.
+pub(crate) fn tolerates_node(spec: &PodSpec, node: &Node, effect: &str) -> bool {
+    untolerated(spec, node, effect).next().is_none()
+}
+
 struct Misfit {
     reasons: Vec<String>,
     preemptable: bool,
@@ -264,13 +280,7 @@ fn fits(spec: &PodSpec, demand: &Demand, node: &Node, load: &Load) -> Result<(),
     if untolerated(spec, node, "NoSchedule").chain(untolerated(spec, node, "NoExecute")).next().is_some() {
         return never("node(s) had untolerated taint(s)");
     }
-    let selected = spec.node_selector.iter().flatten().all(|(k, v)| label(node, k) == Some(v.as_str()));
-    let required = spec
-        .affinity
-        .as_ref()
-        .and_then(|a| a.node_affinity.as_ref())
-        .and_then(|a| a.required_during_scheduling_ignored_during_execution.as_ref());
-    if !selected || required.is_some_and(|r| !r.node_selector_terms.iter().any(|term| term_matches(term, node))) {
+    if !wants_node(spec, node) {
         return never("node(s) didn't match Pod's node affinity/selector");
     }
     let clash = demand.host_ports.iter().any(|(protocol, port, ip)| {

@@ -351,14 +351,14 @@ fn decide(s: &Situation<'_>) -> Vec<Act> {
     acts
 }
 
-fn revision_data(template: &PodTemplateSpec) -> serde_json::Value {
+pub(crate) fn revision_data(template: &PodTemplateSpec) -> serde_json::Value {
     let mut template = serde_json::to_value(template).expect("a pod template is plain data");
     // A patch that restores the whole template, as `kubectl rollout undo` applies it.
     template["$patch"] = json!("replace");
     json!({"spec": {"template": template}})
 }
 
-fn revision_template(revision: &ControllerRevision) -> Option<PodTemplateSpec> {
+pub(crate) fn revision_template(revision: &ControllerRevision) -> Option<PodTemplateSpec> {
     let mut template = revision.data.as_ref()?.0.pointer("/spec/template")?.clone();
     template.as_object_mut()?.remove("$patch");
     serde_json::from_value(template).ok()
