@@ -7,8 +7,8 @@ use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference, Pod, PodStatus, Sec
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Client;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
-pub use portolan_client::EventType;
 use portolan_client::EventRecorder;
+pub use portolan_client::EventType;
 use serde_json::{Value, json};
 
 /// Why an object could not be had.

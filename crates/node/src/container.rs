@@ -227,7 +227,8 @@ pub(crate) async fn start(request: &StartRequest<'_>) -> Result<Running, StartEr
         let (upper, work) = (layer_dir.join("upper"), layer_dir.join("work"));
         for dir in [&upper, &work] {
             fs::create_dir_all(dir).map_err(|e| create("make the writable layer", e))?;
-            fs::set_permissions(dir, PermissionsExt::from_mode(0o755)).map_err(|e| create("make the writable layer", e))?;
+            fs::set_permissions(dir, PermissionsExt::from_mode(0o755))
+                .map_err(|e| create("make the writable layer", e))?;
         }
         RootFs::Overlay { lower: image.layers.clone(), upper, work }
     } else {
@@ -238,12 +239,14 @@ pub(crate) async fn start(request: &StartRequest<'_>) -> Result<Running, StartEr
     let message_file = layer_dir.join("message");
     fs::write(&message_file, "").map_err(|e| create("make the termination message file", e))?;
     // Any user of the container may write its last words.
-    fs::set_permissions(&message_file, PermissionsExt::from_mode(0o666)).map_err(|e| create("make the termination message file", e))?;
+    fs::set_permissions(&message_file, PermissionsExt::from_mode(0o666))
+        .map_err(|e| create("make the termination message file", e))?;
 
     let security = container.security_context.as_ref();
     let privileged = security.and_then(|s| s.privileged) == Some(true);
     let terminal = container.tty == Some(true);
-    let cwd = container.working_dir.clone().filter(|d| !d.is_empty()).unwrap_or_else(|| image.config.working_dir.clone());
+    let cwd =
+        container.working_dir.clone().filter(|d| !d.is_empty()).unwrap_or_else(|| image.config.working_dir.clone());
     let process = ProcessSpec {
         args,
         env: environment.clone().into_pairs(),
@@ -312,9 +315,8 @@ async fn connect_and_run(
     if terminal {
         let socket = ConsoleSocket::bind(request.context.socket_path(id)).map_err(pipe_error)?;
         let run = runtime.run(id, bundle, rootfs, cgroup, Console::Terminal(socket.path().to_path_buf()));
-        let (process, terminal) = tokio::join!(run, async {
-            tokio::time::timeout(Duration::from_secs(10), socket.receive()).await
-        });
+        let (process, terminal) =
+            tokio::join!(run, async { tokio::time::timeout(Duration::from_secs(10), socket.receive()).await });
         let process = process?;
         let terminal = terminal.map_err(io::Error::other).and_then(|t| t).map_err(pipe_error)?;
         let reader = TerminalReader(terminal.clone());
@@ -463,7 +465,10 @@ async fn environment(request: &StartRequest<'_>) -> Result<Environment, String> 
     }
     env.set_default("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     let hostname = match request.sandbox.uts {
-        Some(_) => crate::hosts::hostname(&pod.spec.clone().unwrap_or_default(), pod.metadata.name.as_deref().unwrap_or_default()),
+        Some(_) => crate::hosts::hostname(
+            &pod.spec.clone().unwrap_or_default(),
+            pod.metadata.name.as_deref().unwrap_or_default(),
+        ),
         None => context.config.name.clone(),
     };
     env.set("HOSTNAME", hostname);
@@ -501,7 +506,12 @@ async fn environment(request: &StartRequest<'_>) -> Result<Environment, String> 
     Ok(env)
 }
 
-async fn env_from(api: &dyn NodeApi, namespace: &str, source: &EnvFromSource, env: &mut Environment) -> Result<(), String> {
+async fn env_from(
+    api: &dyn NodeApi,
+    namespace: &str,
+    source: &EnvFromSource,
+    env: &mut Environment,
+) -> Result<(), String> {
     let prefix = source.prefix.as_deref().unwrap_or_default();
     let mut pairs: BTreeMap<String, String> = BTreeMap::new();
     if let Some(reference) = &source.config_map_ref {
@@ -527,9 +537,7 @@ async fn env_from(api: &dyn NodeApi, namespace: &str, source: &EnvFromSource, en
     Ok(())
 }
 
-fn text_values(
-    data: BTreeMap<String, k8s_openapi::ByteString>,
-) -> impl Iterator<Item = (String, String)> {
+fn text_values(data: BTreeMap<String, k8s_openapi::ByteString>) -> impl Iterator<Item = (String, String)> {
     data.into_iter().map(|(key, value)| (key, String::from_utf8_lossy(&value.0).into_owned()))
 }
 
@@ -552,7 +560,8 @@ async fn env_value(
     if let Some(field) = &source.resource_field_ref {
         let name = field.container_name.as_deref().filter(|n| !n.is_empty()).unwrap_or(&container.name);
         let divisor = field.divisor.as_ref().map(|q| q.0.as_str());
-        return volume::resource_value(pod, name, &field.resource, divisor, context.cpus, context.memory_bytes).map(Some);
+        return volume::resource_value(pod, name, &field.resource, divisor, context.cpus, context.memory_bytes)
+            .map(Some);
     }
     if let Some(key) = &source.config_map_key_ref {
         let optional = key.optional == Some(true);
@@ -585,7 +594,8 @@ fn binds(request: &StartRequest<'_>, environment: &Environment, message_file: &P
     let StartRequest { container, image, run_dir, volumes, .. } = *request;
     let mut binds = image.binds.clone();
     let mut own = |source: PathBuf, destination: &str, writable: bool| {
-        let mounted = container.volume_mounts.iter().flatten().any(|m| m.mount_path.trim_end_matches('/') == destination);
+        let mounted =
+            container.volume_mounts.iter().flatten().any(|m| m.mount_path.trim_end_matches('/') == destination);
         if !mounted {
             binds.push(Bind { source, destination: destination.into(), writable, propagation: Propagation::None });
         }
@@ -595,7 +605,7 @@ fn binds(request: &StartRequest<'_>, environment: &Environment, message_file: &P
     own(run_dir.join("hosts"), "/etc/hosts", true);
     let message_path = container.termination_message_path.as_deref().filter(|p| !p.is_empty());
     own(message_file.to_path_buf(), message_path.unwrap_or("/dev/termination-log"), true);
-    for device in container.volume_devices.iter().flatten() {
+    if let Some(device) = container.volume_devices.iter().flatten().next() {
         return Err(format!("volumeDevices ({}) are not supported by this node", device.name));
     }
     let mut mounts: Vec<_> = container.volume_mounts.iter().flatten().collect();
@@ -714,14 +724,14 @@ pub(crate) fn exec(
     if spec.terminal && !spec.env.iter().any(|(name, _)| name == "TERM") {
         spec.env.push(("TERM".to_string(), "xterm".to_string()));
     }
-    let write = serde_json::to_vec(&oci::process(&spec)).map_err(io::Error::from).and_then(|json| fs::write(&process_file, json));
+    let write = serde_json::to_vec(&oci::process(&spec))
+        .map_err(io::Error::from)
+        .and_then(|json| fs::write(&process_file, json));
     write.map_err(|source| RuntimeError::File { action: "write", path: process_file.display().to_string(), source })?;
     let mut command = context.runtime.exec(&running.id, &process_file, &pid_file, &log, console)?;
     let stream = |wanted: bool| if wanted && console.is_none() { Stdio::piped() } else { Stdio::null() };
     command.stdin(stream(stdin)).stdout(stream(stdout)).stderr(stream(stderr));
-    let child = command
-        .spawn()
-        .map_err(|source| RuntimeError::Spawn { program: "the runtime".to_string(), source })?;
+    let child = command.spawn().map_err(|source| RuntimeError::Spawn { program: "the runtime".to_string(), source })?;
     Ok(Exec { child, pid_file, process_file, log, init: running.process.pid })
 }
 

@@ -65,7 +65,10 @@ mod tests {
     fn the_file_names_the_pod_and_its_aliases() {
         let pod = PodSpec {
             subdomain: Some("postgres".into()),
-            host_aliases: Some(vec![HostAlias { ip: "192.0.2.9".into(), hostnames: Some(vec!["a".into(), "b".into()]) }]),
+            host_aliases: Some(vec![HostAlias {
+                ip: "192.0.2.9".into(),
+                hostnames: Some(vec!["a".into(), "b".into()]),
+            }]),
             ..Default::default()
         };
         let qualified = qualified(&pod, "db-0", "shop", "cluster.local");

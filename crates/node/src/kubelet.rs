@@ -143,8 +143,11 @@ impl Kubelet {
             fs::create_dir_all(&dir).map_err(|source| Error::File { action: "create", path: dir.clone(), source })?;
         }
         let runtime = Runtime::new(&config.runtime, node_dir.join("crun")).await?;
-        let netlink = Netlink::open(&config.netns)
-            .map_err(|e| Error::File { action: "open netlink in", path: config.netns.path().into(), source: std::io::Error::other(e) })?;
+        let netlink = Netlink::open(&config.netns).map_err(|e| Error::File {
+            action: "open netlink in",
+            path: config.netns.path().into(),
+            source: std::io::Error::other(e),
+        })?;
         // Addresses of pods that are gone answer at once instead of timing out.
         if let Err(error) = netlink.set_route(config.pod_cidr.trunc(), RouteTarget::Unreachable).await {
             tracing::warn!(node = %config.name, %error, "cannot set the route for addresses without a pod");
@@ -273,7 +276,9 @@ impl Kubelet {
                     }
                     self.drop_old_state(&listed);
                 }
-                Some(Err(error)) => tracing::debug!(node = %self.inner.context.config.name, %error, "pod watch interrupted"),
+                Some(Err(error)) => {
+                    tracing::debug!(node = %self.inner.context.config.name, %error, "pod watch interrupted")
+                }
                 None => break,
             }
         }
@@ -471,7 +476,7 @@ fn memory_bytes() -> u64 {
 }
 
 fn disk_bytes(dir: &Path) -> u64 {
-    nix::sys::statvfs::statvfs(dir).map_or(0, |s| u64::from(s.blocks()) * u64::from(s.fragment_size()))
+    nix::sys::statvfs::statvfs(dir).map_or(0, |s| s.blocks() * s.fragment_size())
 }
 
 /// Whether this process may make cgroups for memory and CPU.

@@ -10,6 +10,7 @@
 
 mod api;
 mod config;
+mod container;
 pub mod echo;
 pub mod env;
 mod hosts;
@@ -27,7 +28,6 @@ mod server;
 pub mod status;
 mod stream;
 mod volume;
-mod container;
 mod worker;
 
 pub use api::{BoundToken, EventType, KubeApi, LookupError, NodeApi};

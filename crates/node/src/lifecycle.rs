@@ -247,21 +247,66 @@ mod tests {
         let now = at(100);
         let start = |list: &[usize]| Plan { start: list.to_vec(), ..Plan::default() };
         let rows: Vec<(&str, Vec<Member>, bool, Plan)> = vec![
-            ("regular ones start together", vec![member(Regular, Always, New), member(Regular, Always, New)], false, start(&[0, 1])),
-            ("an init container goes first", vec![member(Init, Always, New), member(Regular, Always, New)], false, start(&[0])),
-            ("a running init container holds the rest", vec![member(Init, Always, RUNS), member(Regular, Always, New)], false, start(&[])),
-            ("one that is done lets them go", vec![member(Init, Always, exited(0, 0)), member(Regular, Always, New)], false, start(&[1])),
-            ("a failed one is tried again", vec![member(Init, Always, exited(1, 0)), member(Regular, Always, New)], false, start(&[0])),
+            (
+                "regular ones start together",
+                vec![member(Regular, Always, New), member(Regular, Always, New)],
+                false,
+                start(&[0, 1]),
+            ),
+            (
+                "an init container goes first",
+                vec![member(Init, Always, New), member(Regular, Always, New)],
+                false,
+                start(&[0]),
+            ),
+            (
+                "a running init container holds the rest",
+                vec![member(Init, Always, RUNS), member(Regular, Always, New)],
+                false,
+                start(&[]),
+            ),
+            (
+                "one that is done lets them go",
+                vec![member(Init, Always, exited(0, 0)), member(Regular, Always, New)],
+                false,
+                start(&[1]),
+            ),
+            (
+                "a failed one is tried again",
+                vec![member(Init, Always, exited(1, 0)), member(Regular, Always, New)],
+                false,
+                start(&[0]),
+            ),
             (
                 "with Never it fails the pod",
                 vec![member(Init, Never, exited(1, 0)), member(Regular, Never, New)],
                 false,
                 Plan { outcome: Some(Outcome::Failed), ..Plan::default() },
             ),
-            ("a sidecar that has not started holds the rest", vec![member(Sidecar, Always, Running { started: false }), member(Regular, Always, New)], false, start(&[])),
-            ("one that has lets them go", vec![member(Sidecar, Always, RUNS), member(Regular, Always, New)], false, start(&[1])),
-            ("a sidecar is restarted after init", vec![member(Sidecar, Always, exited(0, 0)), member(Regular, Always, RUNS)], true, start(&[0])),
-            ("init is not repeated when a regular one restarts", vec![member(Init, Always, New), member(Regular, Always, exited(1, 0))], true, start(&[1])),
+            (
+                "a sidecar that has not started holds the rest",
+                vec![member(Sidecar, Always, Running { started: false }), member(Regular, Always, New)],
+                false,
+                start(&[]),
+            ),
+            (
+                "one that has lets them go",
+                vec![member(Sidecar, Always, RUNS), member(Regular, Always, New)],
+                false,
+                start(&[1]),
+            ),
+            (
+                "a sidecar is restarted after init",
+                vec![member(Sidecar, Always, exited(0, 0)), member(Regular, Always, RUNS)],
+                true,
+                start(&[0]),
+            ),
+            (
+                "init is not repeated when a regular one restarts",
+                vec![member(Init, Always, New), member(Regular, Always, exited(1, 0))],
+                true,
+                start(&[1]),
+            ),
             (
                 "a restart waits for its time",
                 vec![member(Regular, Always, exited(1, 130)), member(Regular, Always, exited(1, 120))],
@@ -293,7 +338,7 @@ mod tests {
         let mut backoff = Backoff::default();
         let mut starts = vec![0];
         for _ in 0..7 {
-            let finished = at(starts.last().unwrap() + 0);
+            let finished = at(*starts.last().unwrap());
             let again = backoff.again_at(finished);
             backoff.step(finished, again);
             starts.push(again.as_second());

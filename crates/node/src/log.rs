@@ -250,7 +250,8 @@ pub(crate) struct LogReader {
 impl LogReader {
     /// Opens a log. With `tail`, only that many records of the end come.
     pub(crate) fn open(path: &Path, options: &LogOptions) -> io::Result<LogReader> {
-        let mut reader = LogReader { path: path.to_path_buf(), file: None, partial: Vec::new(), backlog: VecDeque::new() };
+        let mut reader =
+            LogReader { path: path.to_path_buf(), file: None, partial: Vec::new(), backlog: VecDeque::new() };
         let mut old = Vec::new();
         match File::open(rotated(path)) {
             Ok(mut file) => {
@@ -415,12 +416,20 @@ mod tests {
         for (name, options, expected) in [
             ("all", all.clone(), "line 0\nline 1\nline 2\nline 3\nline 4\n"),
             ("tail", LogOptions { tail_lines: Some(2), ..all.clone() }, "line 3\nline 4\n"),
-            ("more than there is", LogOptions { tail_lines: Some(99), ..all.clone() }, "line 0\nline 1\nline 2\nline 3\nline 4\n"),
+            (
+                "more than there is",
+                LogOptions { tail_lines: Some(99), ..all.clone() },
+                "line 0\nline 1\nline 2\nline 3\nline 4\n",
+            ),
             ("no lines", LogOptions { tail_lines: Some(0), ..all.clone() }, ""),
             ("since", LogOptions { since: Some(at(3)), ..all.clone() }, "line 3\nline 4\n"),
             ("limit", LogOptions { limit_bytes: Some(9), ..all.clone() }, "line 0\nli"),
             ("one stream", LogOptions { stream: Some(Stream::Stderr), tail_lines: Some(1), ..all.clone() }, "line 3\n"),
-            ("times", LogOptions { timestamps: true, tail_lines: Some(1), ..all.clone() }, "1970-01-01T00:00:04.000000000Z line 4\n"),
+            (
+                "times",
+                LogOptions { timestamps: true, tail_lines: Some(1), ..all.clone() },
+                "1970-01-01T00:00:04.000000000Z line 4\n",
+            ),
         ] {
             assert_eq!(read(&path, &options), expected, "{name}");
         }

@@ -218,7 +218,8 @@ pub fn user(
     };
     let run_as_user = container.and_then(|c| c.run_as_user).or_else(|| pod.and_then(|p| p.run_as_user));
     let run_as_group = container.and_then(|c| c.run_as_group).or_else(|| pod.and_then(|p| p.run_as_group));
-    let non_root = container.and_then(|c| c.run_as_non_root).or_else(|| pod.and_then(|p| p.run_as_non_root)).unwrap_or(false);
+    let non_root =
+        container.and_then(|c| c.run_as_non_root).or_else(|| pod.and_then(|p| p.run_as_non_root)).unwrap_or(false);
     let id = |id: i64| u32::try_from(id).map_err(|_| format!("user or group id {id} is out of range"));
 
     let (uid, mut gid, name) = match run_as_user {
@@ -269,7 +270,9 @@ pub fn user(
     let mut groups: std::collections::BTreeSet<u32> = std::collections::BTreeSet::new();
     let strict = pod.and_then(|p| p.supplemental_groups_policy.as_deref()) == Some("Strict");
     if let Some(name) = name.filter(|_| !strict) {
-        groups.extend(group_entries(group).filter(|(_, _, members)| members.split(',').any(|m| m == name)).map(|(_, gid, _)| gid));
+        groups.extend(
+            group_entries(group).filter(|(_, _, members)| members.split(',').any(|m| m == name)).map(|(_, gid, _)| gid),
+        );
     }
     for extra in pod.and_then(|p| p.supplemental_groups.as_ref()).into_iter().flatten() {
         groups.insert(id(*extra)?);
@@ -339,7 +342,8 @@ pub fn config(spec: &ContainerSpec) -> Value {
     if !spec.host_pid {
         namespaces.push(json!({"type": "pid"}));
     }
-    let sys_options = if spec.privileged { vec!["nosuid", "noexec", "nodev"] } else { vec!["nosuid", "noexec", "nodev", "ro"] };
+    let sys_options =
+        if spec.privileged { vec!["nosuid", "noexec", "nodev"] } else { vec!["nosuid", "noexec", "nodev", "ro"] };
     let mut mounts = vec![
         json!({"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]}),
         json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]}),
@@ -448,7 +452,8 @@ mod tests {
     fn command_and_args_replace_the_image_s() {
         let entry = strings(&["/ep"]);
         let cmd = strings(&["a"]);
-        let rows: &[(&str, Option<&[&str]>, Option<&[&str]>, &[&str])] = &[
+        type Row<'a> = (&'a str, Option<&'a [&'a str]>, Option<&'a [&'a str]>, &'a [&'a str]);
+        let rows: &[Row<'_>] = &[
             ("neither given", None, None, &["/ep", "a"]),
             ("command drops the image's arguments", Some(&["x"]), None, &["x"]),
             ("args keep the entry point", None, Some(&["b"]), &["/ep", "b"]),
@@ -490,7 +495,10 @@ mod tests {
         assert!(get(none.clone(), None, "nobody").unwrap_err().contains("no matching entries"));
         let as_user = SecurityContext { run_as_user: Some(1000), run_as_group: Some(3000), ..Default::default() };
         let pod = PodSecurityContext { fs_group: Some(2000), run_as_user: Some(7), ..Default::default() };
-        assert_eq!(get(Some(as_user), Some(pod), "web").unwrap(), User { uid: 1000, gid: 3000, groups: vec![2000, 3000] });
+        assert_eq!(
+            get(Some(as_user), Some(pod), "web").unwrap(),
+            User { uid: 1000, gid: 3000, groups: vec![2000, 3000] }
+        );
         let non_root = SecurityContext { run_as_non_root: Some(true), ..Default::default() };
         assert_eq!(
             get(Some(non_root.clone()), None, "").unwrap_err(),

@@ -201,7 +201,9 @@ impl ProbeTask {
             };
         }
         if let Some(action) = &self.probe.grpc {
-            let Ok(port) = u16::try_from(action.port) else { return Answer::Unknown(format!("invalid port {}", action.port)) };
+            let Ok(port) = u16::try_from(action.port) else {
+                return Answer::Unknown(format!("invalid port {}", action.port));
+            };
             let address = SocketAddr::new(self.address, port);
             return grpc_check(netns, address, action.service.as_deref().unwrap_or_default(), timeout).await;
         }
@@ -271,7 +273,8 @@ fn port_number(port: &IntOrString, container: &Container) -> Result<u16, String>
     let number = match port {
         IntOrString::Int(number) => *number,
         IntOrString::String(name) => {
-            let named = container.ports.iter().flatten().find(|p| p.name.as_deref() == Some(name)).map(|p| p.container_port);
+            let named =
+                container.ports.iter().flatten().find(|p| p.name.as_deref() == Some(name)).map(|p| p.container_port);
             match named.or_else(|| name.parse().ok()) {
                 Some(number) => number,
                 None => return Err(format!("couldn't find port: {name:?} in container {:?}", container.name)),
@@ -287,7 +290,8 @@ async fn resolve(host: Option<&str>, default: IpAddr, port: u16) -> Result<Socke
     if let Ok(ip) = bare.parse::<IpAddr>() {
         return Ok(SocketAddr::new(ip, port));
     }
-    let found = tokio::net::lookup_host((bare, port)).await.map_err(|_| format!("dial tcp: lookup {bare}: no such host"))?;
+    let found =
+        tokio::net::lookup_host((bare, port)).await.map_err(|_| format!("dial tcp: lookup {bare}: no such host"))?;
     found.into_iter().next().ok_or_else(|| format!("dial tcp: lookup {bare}: no such host"))
 }
 
@@ -379,7 +383,8 @@ impl HttpTarget {
         let mut accept_given = false;
         for header in action.http_headers.iter().flatten() {
             let name: HeaderName = header.name.parse().map_err(|_| format!("invalid header name {:?}", header.name))?;
-            let value: HeaderValue = header.value.parse().map_err(|_| format!("invalid value of header {:?}", header.name))?;
+            let value: HeaderValue =
+                header.value.parse().map_err(|_| format!("invalid value of header {:?}", header.name))?;
             accept_given |= name == http::header::ACCEPT;
             if name == http::header::HOST {
                 host_header = Some(value);
@@ -433,7 +438,11 @@ async fn follow(netns: &Netns, target: &HttpTarget) -> Answer {
     Answer::Failure(format!("Get \"{url}\": stopped after {MAX_REDIRECTS} redirects"))
 }
 
-async fn request(netns: &Netns, url: &Url, target: &HttpTarget) -> Result<(StatusCode, Option<String>, String), String> {
+async fn request(
+    netns: &Netns,
+    url: &Url,
+    target: &HttpTarget,
+) -> Result<(StatusCode, Option<String>, String), String> {
     let address = resolve(Some(&url.host), IpAddr::from([0, 0, 0, 0]), url.port).await?;
     let stream = connect(netns, address).await.map_err(|e| dial_error(address, &e))?;
     let mut request = Request::get(url.path.as_str()).body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
@@ -458,11 +467,13 @@ where
     let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.map_err(|e| e.to_string())?;
     let driver = tokio::spawn(connection);
     let answer = async {
-        let response = sender.send_request(request).await.map_err(|e| {
-            if e.is_incomplete_message() { "EOF".to_string() } else { e.to_string() }
-        })?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|e| if e.is_incomplete_message() { "EOF".to_string() } else { e.to_string() })?;
         let status = response.status();
-        let location = response.headers().get(http::header::LOCATION).map(|l| String::from_utf8_lossy(l.as_bytes()).into_owned());
+        let location =
+            response.headers().get(http::header::LOCATION).map(|l| String::from_utf8_lossy(l.as_bytes()).into_owned());
         Ok((status, location, beginning(response.into_body()).await?))
     }
     .await;
@@ -487,9 +498,9 @@ async fn beginning(mut body: Incoming) -> Result<String, String> {
 async fn grpc_check(netns: &Netns, address: SocketAddr, service: &str, timeout: Duration) -> Answer {
     let within = crate::lifecycle::go_seconds(timeout);
     let checked = tokio::time::timeout(timeout, async {
-        let stream = connect(netns, address).await.map_err(|e| {
-            format!("error: failed to connect service at \"{address}\": {}", dial_error(address, &e))
-        })?;
+        let stream = connect(netns, address)
+            .await
+            .map_err(|e| format!("error: failed to connect service at \"{address}\": {}", dial_error(address, &e)))?;
         grpc_request(stream, address, service).await
     });
     match checked.await {
@@ -659,7 +670,8 @@ mod tests {
             failure_threshold: Some(failure),
             ..Probe::default()
         };
-        let rows: &[(&str, ProbeKind, (i32, i32), &[bool], &[Option<bool>])] = &[
+        type Row<'a> = (&'a str, ProbeKind, (i32, i32), &'a [bool], &'a [Option<bool>]);
+        let rows: &[Row<'_>] = &[
             ("ready at once", ProbeKind::Readiness, (1, 3), &[true], &[Some(true)]),
             ("ready after three", ProbeKind::Readiness, (3, 3), &[true, true, true], &[None, None, Some(true)]),
             (
@@ -669,8 +681,20 @@ mod tests {
                 &[false, false, true, false, false],
                 &[None, None, None, None, None],
             ),
-            ("the third failure counts", ProbeKind::Liveness, (1, 3), &[false, false, false], &[None, None, Some(false)]),
-            ("unready at first says nothing new", ProbeKind::Readiness, (1, 1), &[false, true, false], &[None, Some(true), Some(false)]),
+            (
+                "the third failure counts",
+                ProbeKind::Liveness,
+                (1, 3),
+                &[false, false, false],
+                &[None, None, Some(false)],
+            ),
+            (
+                "unready at first says nothing new",
+                ProbeKind::Readiness,
+                (1, 1),
+                &[false, true, false],
+                &[None, Some(true), Some(false)],
+            ),
             ("startup decides either way", ProbeKind::Startup, (1, 1), &[false], &[Some(false)]),
         ];
         for (name, kind, (success, failure), answers, expected) in rows {

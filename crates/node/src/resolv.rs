@@ -207,7 +207,11 @@ mod tests {
             (Some("Default"), false, default),
             (Some("None"), false, ""),
         ] {
-            let spec = PodSpec { dns_policy: policy.map(str::to_string), host_network: Some(host_network), ..Default::default() };
+            let spec = PodSpec {
+                dns_policy: policy.map(str::to_string),
+                host_network: Some(host_network),
+                ..Default::default()
+            };
             assert_eq!(built(&spec, &["10.96.0.10"]).0, expected, "{policy:?} hostNetwork={host_network}");
         }
     }

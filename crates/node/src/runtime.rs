@@ -97,7 +97,11 @@ impl Runtime {
         if !output.status.success() {
             return Err(made(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_string())));
         }
-        fs::create_dir_all(&root).map_err(|source| StartError::File { action: "create", path: root.clone(), source })?;
+        fs::create_dir_all(&root).map_err(|source| StartError::File {
+            action: "create",
+            path: root.clone(),
+            source,
+        })?;
         nix::sys::prctl::set_child_subreaper(true).map_err(|e| made(e.into()))?;
         let name = config.program.file_name().map(|n| n.to_string_lossy().chars().take(15).collect());
         children().programs.extend(name);
@@ -397,7 +401,13 @@ impl Process {
     pub(crate) fn signal(&self, signal: i32) -> io::Result<()> {
         // SAFETY: a valid descriptor and no siginfo.
         let sent = unsafe {
-            libc::syscall(libc::SYS_pidfd_send_signal, self.fd.as_raw_fd(), signal, std::ptr::null::<libc::siginfo_t>(), 0)
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.fd.as_raw_fd(),
+                signal,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
         };
         match io::Error::last_os_error() {
             _ if sent == 0 => Ok(()),
@@ -493,7 +503,13 @@ pub(crate) fn kill_in_container(pid_file: &Path, init: i32) {
     if namespace(pid).is_some_and(|ns| Some(ns) == namespace(init)) {
         // SAFETY: a valid descriptor and no siginfo.
         unsafe {
-            libc::syscall(libc::SYS_pidfd_send_signal, fd.as_raw_fd(), libc::SIGKILL, std::ptr::null::<libc::siginfo_t>(), 0);
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                fd.as_raw_fd(),
+                libc::SIGKILL,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            );
         }
     }
 }
@@ -523,7 +539,13 @@ pub(crate) fn cleanup_node(dir: &Path) -> io::Result<()> {
         if let Some(pidfd) = recorded_process(&container) {
             // SAFETY: a valid descriptor and no siginfo.
             unsafe {
-                libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, std::ptr::null::<libc::siginfo_t>(), 0);
+                libc::syscall(
+                    libc::SYS_pidfd_send_signal,
+                    pidfd.as_raw_fd(),
+                    libc::SIGKILL,
+                    std::ptr::null::<libc::siginfo_t>(),
+                    0,
+                );
             }
             killed.push(pidfd);
         }
@@ -614,7 +636,8 @@ mod tests {
 
     #[test]
     fn too_many_layers_are_refused_rather_than_cut() {
-        let layers: Vec<PathBuf> = (0..200).map(|i| PathBuf::from(format!("/var/lib/portolan/images/{i:032}"))).collect();
+        let layers: Vec<PathBuf> =
+            (0..200).map(|i| PathBuf::from(format!("/var/lib/portolan/images/{i:032}"))).collect();
         assert!(Overlay::new(Path::new("/m"), &layers, Path::new("/u"), Path::new("/w")).is_err());
     }
 

@@ -132,7 +132,11 @@ pub(crate) struct SandboxRequest<'a> {
 
 impl Sandbox {
     /// Makes the namespaces and the link. What was made is removed again on an error.
-    pub(crate) async fn create(request: SandboxRequest<'_>, node: &Netns, netlink: &Netlink) -> Result<Sandbox, SandboxError> {
+    pub(crate) async fn create(
+        request: SandboxRequest<'_>,
+        node: &Netns,
+        netlink: &Netlink,
+    ) -> Result<Sandbox, SandboxError> {
         let made = Sandbox::try_create(&request, node, netlink).await;
         if made.is_err() {
             let _ = netlink.delete_link(&veth_name(request.uid)).await;
@@ -143,7 +147,11 @@ impl Sandbox {
         made
     }
 
-    async fn try_create(request: &SandboxRequest<'_>, node: &Netns, netlink: &Netlink) -> Result<Sandbox, SandboxError> {
+    async fn try_create(
+        request: &SandboxRequest<'_>,
+        node: &Netns,
+        netlink: &Netlink,
+    ) -> Result<Sandbox, SandboxError> {
         let host_network = request.spec.host_network == Some(true);
         let own_ipc = request.spec.host_ipc != Some(true);
         let sysctls: Vec<(String, String)> = request
@@ -163,8 +171,10 @@ impl Sandbox {
         }
 
         let path = request.dir.join("net");
-        let netns = Netns::create(&path)
-            .map_err(|source| SandboxError::Namespace { action: "make the pod's network namespace".to_string(), source })?;
+        let netns = Netns::create(&path).map_err(|source| SandboxError::Namespace {
+            action: "make the pod's network namespace".to_string(),
+            source,
+        })?;
         netns
             .run(|| set_network_sysctls(&sysctls))
             .and_then(|done| done)
@@ -207,7 +217,12 @@ impl Sandbox {
 }
 
 /// Makes IPC and UTS namespaces and names them by bind mounts. A thread of its own: unshare changes only the caller.
-fn name_namespaces(ipc: Option<&Path>, uts: Option<&Path>, hostname: &str, sysctls: &[(String, String)]) -> io::Result<()> {
+fn name_namespaces(
+    ipc: Option<&Path>,
+    uts: Option<&Path>,
+    hostname: &str,
+    sysctls: &[(String, String)],
+) -> io::Result<()> {
     std::thread::scope(|scope| {
         let work = move || -> io::Result<()> {
             for (path, flag, kind) in [(ipc, CloneFlags::CLONE_NEWIPC, "ipc"), (uts, CloneFlags::CLONE_NEWUTS, "uts")] {

@@ -31,7 +31,8 @@ pub(crate) async fn serve(kubelet: Kubelet, io: impl AsyncRead + AsyncWrite + Se
         let kubelet = kubelet.clone();
         async move { Ok::<_, Infallible>(route(&kubelet, request).await.unwrap_or_else(Refusal::into_response)) }
     });
-    let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(io), service).with_upgrades();
+    let connection =
+        hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(io), service).with_upgrades();
     if let Err(error) = connection.await {
         tracing::debug!(%error, "kubelet connection ended");
     }
@@ -133,12 +134,15 @@ async fn route(kubelet: &Kubelet, request: Request<Incoming>) -> Result<Response
             let shared = find_pod(kubelet, namespace, pod)?;
             logs(&shared, pod, container, &query)
         }
-        [verb @ ("exec" | "attach"), namespace, pod, container] | [verb @ ("exec" | "attach"), namespace, pod, _, container] => {
+        [verb @ ("exec" | "attach"), namespace, pod, container]
+        | [verb @ ("exec" | "attach"), namespace, pod, _, container] => {
             let shared = find_pod(kubelet, namespace, pod)?;
             let access = find_container(&shared, pod, container)?;
-            let run = access.running.clone().filter(|_| access.alive).ok_or_else(|| {
-                Refusal::bad_request(format!("container not found (\"{container}\")"))
-            })?;
+            let run = access
+                .running
+                .clone()
+                .filter(|_| access.alive)
+                .ok_or_else(|| Refusal::bad_request(format!("container not found (\"{container}\")")))?;
             let options = stream::StreamOptions::from_query(&query);
             if *verb == "exec" {
                 let command: Vec<String> = query.all("command").map(str::to_string).collect();
@@ -179,9 +183,9 @@ fn find_container(shared: &PodShared, pod: &str, container: &str) -> Result<Cont
 
 fn log_options(query: &Query, now: Timestamp) -> Result<LogOptions, Refusal> {
     let since_time = match query.get("sinceTime").filter(|t| !t.is_empty()) {
-        Some(text) => Some(
-            text.parse::<Timestamp>().map_err(|_| Refusal::bad_request(format!("invalid sinceTime: {text:?}")))?,
-        ),
+        Some(text) => {
+            Some(text.parse::<Timestamp>().map_err(|_| Refusal::bad_request(format!("invalid sinceTime: {text:?}")))?)
+        }
         None => None,
     };
     let since_seconds = query.number("sinceSeconds")?;
@@ -228,11 +232,8 @@ fn logs(shared: &PodShared, pod: &str, container: &str, query: &Query) -> Result
         std::io::ErrorKind::NotFound => Refusal::not_found(format!("the log of container \"{container}\" is gone")),
         _ => Refusal::internal(format!("cannot read the log of container \"{container}\": {e}")),
     })?;
-    let growth = access
-        .running
-        .as_ref()
-        .filter(|run| options.follow && run.sink.path() == path)
-        .map(|run| run.sink.progress());
+    let growth =
+        access.running.as_ref().filter(|run| options.follow && run.sink.path() == path).map(|run| run.sink.progress());
     let (sender, receiver) = tokio::sync::mpsc::channel::<Bytes>(4);
     tokio::spawn(send_log(reader, options, growth, sender));
     let frames = futures::stream::unfold(receiver, |mut receiver| async move {
@@ -339,7 +340,9 @@ mod tests {
                 stream: None
             }
         );
-        for bad in ["tailLines=-1", "limitBytes=0", "sinceSeconds=0", "sinceTime=yesterday", "tailLines=x", "stream=Both"] {
+        for bad in
+            ["tailLines=-1", "limitBytes=0", "sinceSeconds=0", "sinceTime=yesterday", "tailLines=x", "stream=Both"]
+        {
             assert!(options(bad).is_err(), "{bad}");
         }
     }

@@ -117,7 +117,8 @@ pub fn pod_status(view: &PodView<'_>, previous: Option<&PodStatus>, now: Timesta
             Some(old.and_then(|c| c.last_transition_time.clone()).unwrap_or(Time(whole_second(now))));
         condition.observed_generation = generation;
     }
-    let statuses = |list: &[&ContainerView]| (!list.is_empty()).then(|| list.iter().map(|c| container_status(c)).collect());
+    let statuses =
+        |list: &[&ContainerView]| (!list.is_empty()).then(|| list.iter().map(|c| container_status(c)).collect());
     PodStatus {
         phase: Some(phase.to_string()),
         reason: view.failure.as_ref().map(|(reason, _)| reason.clone()),
@@ -147,8 +148,7 @@ fn phase(view: &PodView<'_>) -> &'static str {
         Some(Outcome::Failed) => return "Failed",
         None => {}
     }
-    let never_ran =
-        |c: &ContainerView| matches!(c.state, State::Waiting { .. }) && c.last.is_none();
+    let never_ran = |c: &ContainerView| matches!(c.state, State::Waiting { .. }) && c.last.is_none();
     let regular: Vec<_> = view.containers.iter().filter(|c| c.role == Role::Regular).collect();
     if !view.initialized || regular.iter().any(|c| never_ran(c)) { "Pending" } else { "Running" }
 }
@@ -222,10 +222,9 @@ fn gates_not_ready(pod: &Pod) -> Vec<String> {
             let kind = &gate.condition_type;
             match stored.into_iter().flatten().find(|c| &c.type_ == kind) {
                 None => Some(format!("corresponding condition of pod readiness gate \"{kind}\" does not exist.")),
-                Some(c) if c.status != "True" => Some(format!(
-                    "the status of pod readiness gate \"{kind}\" is not \"True\", but {}",
-                    c.status
-                )),
+                Some(c) if c.status != "True" => {
+                    Some(format!("the status of pod readiness gate \"{kind}\" is not \"True\", but {}", c.status))
+                }
                 Some(_) => None,
             }
         })
@@ -370,21 +369,62 @@ mod tests {
         let regular = |state, ready| container("web", Role::Regular, state, ready);
         let crashed = ContainerView { last: Some(ended(1)), ..regular(waiting(), false) };
         let rows = [
-            ("creating", vec![regular(waiting(), false)], false, None,
-             "Pending Initialized=True Ready=False(ContainersNotReady) ContainersReady=False(ContainersNotReady)"),
-            ("running and ready", vec![regular(running(), true)], true, None, "Running Initialized=True Ready=True ContainersReady=True"),
-            ("running, not ready", vec![regular(running(), false)], true, None,
-             "Running Initialized=True Ready=False(ContainersNotReady) ContainersReady=False(ContainersNotReady)"),
-            ("in a crash loop it is still Running", vec![crashed], true, None,
-             "Running Initialized=True Ready=False(ContainersNotReady) ContainersReady=False(ContainersNotReady)"),
-            ("init container runs", vec![container("init", Role::Init, running(), false), regular(waiting(), false)], false, None,
-             "Pending Initialized=False(ContainersNotInitialized) Ready=False(ContainersNotReady) ContainersReady=False(ContainersNotReady)"),
-            ("sidecars count for readiness", vec![container("side", Role::Sidecar, running(), false), regular(running(), true)], true, None,
-             "Running Initialized=True Ready=False(ContainersNotReady) ContainersReady=False(ContainersNotReady)"),
-            ("done", vec![regular(State::Terminated(ended(0)), false)], true, Some(Outcome::Succeeded),
-             "Succeeded Initialized=True(PodCompleted) Ready=False(PodCompleted) ContainersReady=False(PodCompleted)"),
-            ("failed", vec![regular(State::Terminated(ended(2)), false)], true, Some(Outcome::Failed),
-             "Failed Initialized=True Ready=False(PodFailed) ContainersReady=False(PodFailed)"),
+            (
+                "creating",
+                vec![regular(waiting(), false)],
+                false,
+                None,
+                "Pending Initialized=True Ready=False(ContainersNotReady) ContainersReady=False(ContainersNotReady)",
+            ),
+            (
+                "running and ready",
+                vec![regular(running(), true)],
+                true,
+                None,
+                "Running Initialized=True Ready=True ContainersReady=True",
+            ),
+            (
+                "running, not ready",
+                vec![regular(running(), false)],
+                true,
+                None,
+                "Running Initialized=True Ready=False(ContainersNotReady) ContainersReady=False(ContainersNotReady)",
+            ),
+            (
+                "in a crash loop it is still Running",
+                vec![crashed],
+                true,
+                None,
+                "Running Initialized=True Ready=False(ContainersNotReady) ContainersReady=False(ContainersNotReady)",
+            ),
+            (
+                "init container runs",
+                vec![container("init", Role::Init, running(), false), regular(waiting(), false)],
+                false,
+                None,
+                "Pending Initialized=False(ContainersNotInitialized) Ready=False(ContainersNotReady) ContainersReady=False(ContainersNotReady)",
+            ),
+            (
+                "sidecars count for readiness",
+                vec![container("side", Role::Sidecar, running(), false), regular(running(), true)],
+                true,
+                None,
+                "Running Initialized=True Ready=False(ContainersNotReady) ContainersReady=False(ContainersNotReady)",
+            ),
+            (
+                "done",
+                vec![regular(State::Terminated(ended(0)), false)],
+                true,
+                Some(Outcome::Succeeded),
+                "Succeeded Initialized=True(PodCompleted) Ready=False(PodCompleted) ContainersReady=False(PodCompleted)",
+            ),
+            (
+                "failed",
+                vec![regular(State::Terminated(ended(2)), false)],
+                true,
+                Some(Outcome::Failed),
+                "Failed Initialized=True Ready=False(PodFailed) ContainersReady=False(PodFailed)",
+            ),
         ];
         for (name, containers, initialized, outcome, expected) in rows {
             assert_eq!(shown(&status(&pod, containers, initialized, outcome)), expected, "{name}");

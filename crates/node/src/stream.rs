@@ -122,7 +122,8 @@ where
     if !wants_websocket(request.headers()) {
         return Err(Refusal::bad_request("Upgrade request required"));
     }
-    let key = request.headers().get(SEC_WEBSOCKET_KEY).ok_or_else(|| Refusal::bad_request("Sec-WebSocket-Key is missing"))?;
+    let key =
+        request.headers().get(SEC_WEBSOCKET_KEY).ok_or_else(|| Refusal::bad_request("Sec-WebSocket-Key is missing"))?;
     let accept = derive_accept_key(key.as_bytes());
     let offered: Vec<String> = list(&request, SEC_WEBSOCKET_PROTOCOL);
     // A client that offers nothing speaks the oldest form.
@@ -138,7 +139,8 @@ where
     tokio::spawn(async move {
         match upgrading.await {
             Ok(upgraded) => {
-                let config = WebSocketConfig::default().max_message_size(Some(MAX_MESSAGE)).max_frame_size(Some(MAX_MESSAGE));
+                let config =
+                    WebSocketConfig::default().max_message_size(Some(MAX_MESSAGE)).max_frame_size(Some(MAX_MESSAGE));
                 let socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
                 work(socket, Protocol::named(chosen.unwrap_or("channel.k8s.io"))).await;
             }
@@ -380,7 +382,13 @@ async fn attend<T>(
 }
 
 /// Connects a client to the main process of a container.
-pub(crate) async fn attach(run: Arc<Running>, stdin_once: bool, options: StreamOptions, socket: Socket, protocol: Protocol) {
+pub(crate) async fn attach(
+    run: Arc<Running>,
+    stdin_once: bool,
+    options: StreamOptions,
+    socket: Socket,
+    protocol: Protocol,
+) {
     let mut live = run.sink.subscribe();
     let (sink, source) = socket.split();
     let (out, writer) = Outgoing::start(sink, protocol);
@@ -458,7 +466,11 @@ async fn dial_inside(sandbox: &Sandbox, port: u16) -> std::io::Result<tokio::net
 }
 
 /// Port-forward over WebSocket channels: for the i-th port, channel 2i is data and 2i+1 is its error.
-pub(crate) fn port_forward(request: Request<Incoming>, sandbox: Sandbox, query: &Query) -> Result<Response<Body>, Refusal> {
+pub(crate) fn port_forward(
+    request: Request<Incoming>,
+    sandbox: Sandbox,
+    query: &Query,
+) -> Result<Response<Body>, Refusal> {
     let mut ports = Vec::new();
     for text in query.all("ports").chain(query.all("port")).flat_map(|list| list.split(',')) {
         let port = text.trim().parse::<u16>().ok().filter(|p| *p > 0);

@@ -136,12 +136,15 @@ fn signed(duration: Duration) -> SignedDuration {
 /// The field of the API that says which kind of volume it is.
 fn volume_type(volume: &Volume) -> String {
     let value = serde_json::to_value(volume).unwrap_or_default();
-    let fields = value.as_object().into_iter().flat_map(|fields| fields.keys());
-    fields.filter(|name| *name != "name").cloned().next().unwrap_or_else(|| "(none)".to_string())
+    let mut fields = value.as_object().into_iter().flat_map(|fields| fields.keys());
+    fields.find(|name| *name != "name").cloned().unwrap_or_else(|| "(none)".to_string())
 }
 
 fn mode(mode: Option<i32>) -> Result<u32, String> {
-    u32::try_from(mode.unwrap_or(0o644)).ok().filter(|m| *m <= 0o777).ok_or_else(|| "mode must be between 0 and 0777".to_string())
+    u32::try_from(mode.unwrap_or(0o644))
+        .ok()
+        .filter(|m| *m <= 0o777)
+        .ok_or_else(|| "mode must be between 0 and 0777".to_string())
 }
 
 fn host_path(source: &HostPathVolumeSource) -> Result<PathBuf, String> {
@@ -159,7 +162,7 @@ fn host_path(source: &HostPathVolumeSource) -> Result<PathBuf, String> {
     let found = fs::metadata(&path).map(|m| m.file_type());
     let fits = match (kind, &found) {
         (_, Err(_)) => false,
-        ("" , Ok(_)) => true,
+        ("", Ok(_)) => true,
         ("Directory" | "DirectoryOrCreate", Ok(t)) => t.is_dir(),
         ("File" | "FileOrCreate", Ok(t)) => t.is_file(),
         ("Socket", Ok(t)) => t.is_socket(),
@@ -239,7 +242,11 @@ fn relative(path: &str) -> Result<PathBuf, String> {
     let ok = !path.is_empty()
         && candidate.components().all(|c| matches!(c, Component::Normal(_)))
         && !path.starts_with("..");
-    if ok { Ok(candidate.to_path_buf()) } else { Err(format!("invalid path: {path:?} must be relative and stay inside the volume")) }
+    if ok {
+        Ok(candidate.to_path_buf())
+    } else {
+        Err(format!("invalid path: {path:?} must be relative and stay inside the volume"))
+    }
 }
 
 async fn config_map_files(
@@ -356,9 +363,11 @@ async fn projected(
     } else if let Some(source) = &projection.service_account_token {
         let seconds = source.expiration_seconds.unwrap_or(TOKEN_SECONDS);
         let audience = source.audience.as_deref().unwrap_or_default();
-        let token = context.api.token(context.pod, audience, seconds).await.map_err(|e| {
-            format!("failed to fetch token: {e}")
-        })?;
+        let token = context
+            .api
+            .token(context.pod, audience, seconds)
+            .await
+            .map_err(|e| format!("failed to fetch token: {e}"))?;
         // Renewed when four fifths of its life are over, as the kubelet does.
         let life = token.expires.duration_since(now);
         let renew = now.saturating_add(life * 4 / 5).unwrap_or(token.expires);
@@ -435,7 +444,8 @@ pub(crate) fn resource_value(
 ) -> Result<String, String> {
     let spec = pod.spec.as_ref();
     let all = spec.into_iter().flat_map(|s| s.init_containers.iter().flatten().chain(&s.containers));
-    let found = all.into_iter().find(|c| c.name == container).ok_or_else(|| format!("container {container} not found"))?;
+    let found =
+        all.into_iter().find(|c| c.name == container).ok_or_else(|| format!("container {container} not found"))?;
     let (kind, name) = resource.split_once('.').ok_or_else(|| format!("unsupported container resource: {resource}"))?;
     let resources = found.resources.as_ref();
     let get = |kind: &str| {
@@ -515,7 +525,8 @@ fn same(dir: &Path, files: &Files) -> bool {
         let entries = fs::read_dir(dir).into_iter().flatten().flatten();
         entries.map(|e| if e.path().is_dir() { count(&e.path()) } else { 1 }).sum()
     }
-    count(dir) == files.len() && files.iter().all(|(path, content)| fs::read(dir.join(path)).is_ok_and(|d| d == content.data))
+    count(dir) == files.len()
+        && files.iter().all(|(path, content)| fs::read(dir.join(path)).is_ok_and(|d| d == content.data))
 }
 
 /// Gives a volume to the pod's `fsGroup`.

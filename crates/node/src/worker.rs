@@ -396,9 +396,9 @@ impl PodWorker {
             return None;
         }
         let now = Timestamp::now();
-        let deadline = spec_of(&self.pod).active_deadline_seconds.and_then(|seconds| {
-            self.start_time.saturating_add(SignedDuration::from_secs(seconds)).ok()
-        });
+        let deadline = spec_of(&self.pod)
+            .active_deadline_seconds
+            .and_then(|seconds| self.start_time.saturating_add(SignedDuration::from_secs(seconds)).ok());
         if deadline.is_some_and(|at| at <= now) {
             let text = "Pod was active on the node longer than the specified deadline";
             self.event(EventType::Normal, "DeadlineExceeded", text);
@@ -499,7 +499,8 @@ impl PodWorker {
                     ip
                 }
                 None => {
-                    let text = format!("failed to assign an IP address to the pod: no free address in {}", config.pod_cidr);
+                    let text =
+                        format!("failed to assign an IP address to the pod: no free address in {}", config.pod_cidr);
                     self.event(EventType::Warning, "FailedCreatePodSandBox", text);
                     return Err(());
                 }
@@ -511,7 +512,8 @@ impl PodWorker {
             (Some(full), Some(true)) if !host_network => full.clone(),
             _ => hostname.clone(),
         };
-        let host_conf = config.host_resolv_conf.as_ref().and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
+        let host_conf =
+            config.host_resolv_conf.as_ref().and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
         let (resolv, warnings) = pod_resolv_conf(
             spec,
             namespace,
@@ -523,7 +525,8 @@ impl PodWorker {
             self.event(EventType::Warning, warning.reason, warning.message);
         }
         let hosts = if host_network {
-            fs::read_to_string("/etc/hosts").unwrap_or_else(|_| "127.0.0.1\tlocalhost\n".to_string()) + &hosts::aliases(spec)
+            fs::read_to_string("/etc/hosts").unwrap_or_else(|_| "127.0.0.1\tlocalhost\n".to_string())
+                + &hosts::aliases(spec)
         } else {
             hosts::hosts_file(spec, ip, &hostname, qualified.as_deref())
         };
@@ -550,11 +553,7 @@ impl PodWorker {
                 Ok(())
             }
             Err(e) => {
-                self.event(
-                    EventType::Warning,
-                    "FailedCreatePodSandBox",
-                    format!("Failed to create pod sandbox: {e}"),
-                );
+                self.event(EventType::Warning, "FailedCreatePodSandBox", format!("Failed to create pod sandbox: {e}"));
                 Err(())
             }
         }
@@ -665,7 +664,8 @@ impl PodWorker {
         slot.retries = 0;
         slot.backoff_told = false;
         let log = container::log_path(&self.state_dir, &slot.spec.name, slot.attempt);
-        slot.previous_log = slot.attempt.checked_sub(1).map(|n| container::log_path(&self.state_dir, &slot.spec.name, n));
+        slot.previous_log =
+            slot.attempt.checked_sub(1).map(|n| container::log_path(&self.state_dir, &slot.spec.name, n));
         let before = std::mem::replace(&mut slot.phase, Phase::New);
         if let Phase::Exited(end) = before {
             slot.backoff.step(end.finished_at, now);
@@ -962,7 +962,10 @@ impl PodWorker {
         let (policy, role) = (slot.policy, slot.role);
         let name = slot.spec.name.clone();
         let own_grace = |probe: Option<&k8s_openapi::api::core::v1::Probe>| {
-            probe.and_then(|p| p.termination_grace_period_seconds).and_then(|s| u64::try_from(s).ok()).map(Duration::from_secs)
+            probe
+                .and_then(|p| p.termination_grace_period_seconds)
+                .and_then(|s| u64::try_from(s).ok())
+                .map(Duration::from_secs)
         };
         let grace = match kind {
             ProbeKind::Startup => own_grace(slot.spec.startup_probe.as_ref()).unwrap_or(grace),
@@ -1090,9 +1093,10 @@ impl PodWorker {
     /// The last steps of a pod that is being deleted: final status, nothing left on the node, then the object goes.
     async fn finish(mut self) {
         if self.outcome.is_none() {
-            let failed = self.slots.iter().any(|s| {
-                s.role == Role::Regular && matches!(&s.phase, Phase::Exited(end) if end.exit_code != 0)
-            });
+            let failed = self
+                .slots
+                .iter()
+                .any(|s| s.role == Role::Regular && matches!(&s.phase, Phase::Exited(end) if end.exit_code != 0));
             self.outcome = Some(if failed { Outcome::Failed } else { Outcome::Succeeded });
         }
         let version = self.publish();
@@ -1105,7 +1109,9 @@ impl PodWorker {
             loop {
                 match self.context.api.delete_pod(&self.pod).await {
                     Ok(()) => break,
-                    Err(error) => tracing::debug!(pod = %self.full_name(), %error, "cannot delete the pod's object yet"),
+                    Err(error) => {
+                        tracing::debug!(pod = %self.full_name(), %error, "cannot delete the pod's object yet")
+                    }
                 }
                 tokio::select! {
                     () = tokio::time::sleep(wait) => {}

@@ -72,7 +72,12 @@ impl OciConfig {
     pub(super) fn check_platform(&self) -> Result<(), String> {
         let wrong = |value: &str, wanted: &str| !value.is_empty() && value != wanted;
         if wrong(&self.os, "linux") || wrong(&self.architecture, architecture()) {
-            return Err(format!("it is for {}/{}, this machine is linux/{}", self.os, self.architecture, architecture()));
+            return Err(format!(
+                "it is for {}/{}, this machine is linux/{}",
+                self.os,
+                self.architecture,
+                architecture()
+            ));
         }
         Ok(())
     }
@@ -288,8 +293,8 @@ fn unpack_layers(
     let mut names = Vec::new();
     let mut size = 0;
     for (diff_id, layer) in config.rootfs.diff_ids.iter().zip(layers) {
-        let (name, bytes) =
-            layer::unpack(store, diff_id, || open(layer).map_err(io::Error::other)).map_err(|e| format!("layer {layer}: {e}"))?;
+        let (name, bytes) = layer::unpack(store, diff_id, || open(layer).map_err(io::Error::other))
+            .map_err(|e| format!("layer {layer}: {e}"))?;
         names.push(name);
         size += bytes;
     }
@@ -372,7 +377,9 @@ fn oci(archive: &Archive, path: &Path, store: &Path) -> Result<Vec<NewImage>, St
 
 /// Follows indexes down to the manifest for this machine.
 fn choose(archive: &Archive, descriptor: Descriptor, depth: usize) -> Result<Option<Descriptor>, String> {
-    if !descriptor.media_type.ends_with("image.index.v1+json") && !descriptor.media_type.ends_with("manifest.list.v2+json") {
+    if !descriptor.media_type.ends_with("image.index.v1+json")
+        && !descriptor.media_type.ends_with("manifest.list.v2+json")
+    {
         return Ok(Some(descriptor));
     }
     if depth > 4 {

@@ -87,7 +87,8 @@ impl Builtin {
             };
             (toolbox_root().map_err(|e| unavailable(e.to_string()))?, config)
         } else {
-            let entrypoint = if name == ECHO { strings(&["/bin/portolan", "echo"]) } else { strings(&["/bin/portolan"]) };
+            let entrypoint =
+                if name == ECHO { strings(&["/bin/portolan", "echo"]) } else { strings(&["/bin/portolan"]) };
             let config = ImageConfig { entrypoint, env: strings(&[PATH, "HOME=/"]), ..ImageConfig::default() };
             (program_root(&self.program).map_err(|e| unavailable(e.to_string()))?, config)
         };
@@ -101,7 +102,13 @@ impl Builtin {
                 other => other.map_err(file_error("make", &layer))?,
             }
         }
-        let size_bytes = root.binds.iter().filter_map(|b| fs::metadata(&b.source).ok()).filter(|m| m.is_file()).map(|m| m.len()).sum();
+        let size_bytes = root
+            .binds
+            .iter()
+            .filter_map(|b| fs::metadata(&b.source).ok())
+            .filter(|m| m.is_file())
+            .map(|m| m.len())
+            .sum();
         Ok(Image {
             id: format!("sha256:{digest}"),
             reference,

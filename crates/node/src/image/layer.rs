@@ -50,7 +50,11 @@ pub(super) fn dir_name(diff_id: &str) -> Option<String> {
 
 /// Unpacks the layer with this digest of its uncompressed bytes into `{store}/layers`, unless it is there.
 /// Returns its directory's name and the bytes that it holds.
-pub(super) fn unpack(store: &Path, diff_id: &str, open: impl FnOnce() -> io::Result<Box<dyn Read>>) -> io::Result<(String, u64)> {
+pub(super) fn unpack(
+    store: &Path,
+    diff_id: &str,
+    open: impl FnOnce() -> io::Result<Box<dyn Read>>,
+) -> io::Result<(String, u64)> {
     let name = dir_name(diff_id).ok_or_else(|| io::Error::other(format!("layer digest {diff_id:?} is not sha256")))?;
     let target = store.join("layers").join(&name);
     let size_file = store.join("layers").join(format!("{name}.size"));
@@ -323,7 +327,8 @@ mod tests {
         let mut value = [0u8; 4];
         let path = CString::new(root.join("var").as_os_str().as_bytes()).unwrap();
         // SAFETY: valid strings and a buffer of the given length.
-        let n = unsafe { libc::lgetxattr(path.as_ptr(), c"trusted.overlay.opaque".as_ptr(), value.as_mut_ptr().cast(), 4) };
+        let n =
+            unsafe { libc::lgetxattr(path.as_ptr(), c"trusted.overlay.opaque".as_ptr(), value.as_mut_ptr().cast(), 4) };
         assert_eq!(&value[..n as usize], b"y");
     }
 

@@ -17,7 +17,8 @@ const LAYER_TYPES: &[&str] = &[
 
 pub(super) async fn pull(reference: &Reference, store: &Path) -> Result<NewImage, ImageError> {
     let failed = |reason: String| ImageError::Pull { reference: reference.to_string(), reason };
-    let target: oci_client::Reference = reference.to_string().parse().map_err(|e: oci_client::ParseError| failed(e.to_string()))?;
+    let target: oci_client::Reference =
+        reference.to_string().parse().map_err(|e: oci_client::ParseError| failed(e.to_string()))?;
     let host = reference.registry();
     // A registry on this machine speaks plain HTTP, as Docker assumes too.
     let local = host == "localhost" || host.starts_with("localhost:") || host.starts_with("127.");
@@ -58,8 +59,7 @@ pub(super) async fn pull(reference: &Reference, store: &Path) -> Result<NewImage
         }
         Ok::<_, std::io::Error>((layers, size))
     });
-    let (layers, size_bytes) =
-        unpacked.await.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
+    let (layers, size_bytes) = unpacked.await.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
     Ok(NewImage {
         id,
         references: vec![reference.to_string()],

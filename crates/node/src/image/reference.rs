@@ -142,7 +142,22 @@ mod tests {
 
     #[test]
     fn malformed_references_are_refused() {
-        for text in ["", "UPPER", "a:", "a b", "a/../b", "/a", "a/", "a@sha256:12", "a@md5:00", "-a", "a:t/", "reg.io/", "a:-t", "http://a/b"] {
+        for text in [
+            "",
+            "UPPER",
+            "a:",
+            "a b",
+            "a/../b",
+            "/a",
+            "a/",
+            "a@sha256:12",
+            "a@md5:00",
+            "-a",
+            "a:t/",
+            "reg.io/",
+            "a:-t",
+            "http://a/b",
+        ] {
             assert!(Reference::parse(text).is_err(), "{text:?} was accepted");
         }
     }

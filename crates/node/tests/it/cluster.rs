@@ -127,7 +127,8 @@ impl Drop for Node {
 
 pub fn pod(name: &str, spec: Value) -> Pod {
     static UID: AtomicU32 = AtomicU32::new(0);
-    let uid = format!("00000000-0000-0000-{:04x}-{:012x}", std::process::id() & 0xffff, UID.fetch_add(1, Ordering::Relaxed));
+    let uid =
+        format!("00000000-0000-0000-{:04x}-{:012x}", std::process::id() & 0xffff, UID.fetch_add(1, Ordering::Relaxed));
     serde_json::from_value(json!({
         "metadata": {"name": name, "namespace": "shop", "uid": uid, "labels": {"app": name},
                      "creationTimestamp": "2026-01-01T00:00:00Z"},
@@ -145,7 +146,8 @@ pub fn shell(script: &str) -> Value {
 /// Like [`shell`], ready once the script has made the file `/tmp/up`: its traps are set then.
 pub fn shell_with_trap(script: &str) -> Value {
     let mut spec = shell(script);
-    spec["containers"][0]["readinessProbe"] = json!({"exec": {"command": ["test", "-e", "/tmp/up"]}, "periodSeconds": 1});
+    spec["containers"][0]["readinessProbe"] =
+        json!({"exec": {"command": ["test", "-e", "/tmp/up"]}, "periodSeconds": 1});
     spec
 }
 

@@ -1,7 +1,11 @@
 //! Pods in real namespaces with the real runtime. Needs root and `crun`.
 
+// A test that cannot go on fails by an unwrap.
+#![allow(clippy::unwrap_used)]
+
 mod api;
 mod cluster;
 mod pods;
+mod server;
 mod streams;
 mod teardown;

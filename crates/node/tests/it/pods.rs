@@ -12,7 +12,8 @@ use crate::api::condition;
 use crate::cluster::{Node, shell, shell_with_trap};
 
 fn echo(extra: Value) -> Value {
-    let mut container = json!({"name": "web", "image": "portolan.dev/echo", "args": ["--port", "8080", "--udp-port", "9090"]});
+    let mut container =
+        json!({"name": "web", "image": "portolan.dev/echo", "args": ["--port", "8080", "--udp-port", "9090"]});
     for (key, value) in extra.as_object().unwrap() {
         container[key] = value.clone();
     }
@@ -37,7 +38,10 @@ async fn logs(node: &Node, pod: &str) -> String {
 async fn an_echo_pod_answers_and_knows_who_it_is() {
     let node = Node::start("echo").await;
     let begin = Instant::now();
-    let pod = node.run("web-1", echo(json!({"readinessProbe": {"httpGet": {"path": "/healthz", "port": 8080}, "periodSeconds": 1}})));
+    let pod = node.run(
+        "web-1",
+        echo(json!({"readinessProbe": {"httpGet": {"path": "/healthz", "port": 8080}, "periodSeconds": 1}})),
+    );
     let status = node.api.ready("web-1").await;
     eprintln!("created to ready: {:?}", begin.elapsed());
     assert_eq!(status.phase.as_deref(), Some("Running"));
@@ -45,9 +49,15 @@ async fn an_echo_pod_answers_and_knows_who_it_is() {
     assert_eq!(status.host_ip.as_deref(), Some("192.168.50.11"));
     let answer = node.get(address(&status, 8080), "/a/b?x=1").await.unwrap();
     let object: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
-    for (key, value) in
-        [("pod", "web-1"), ("namespace", "shop"), ("node", "node-1"), ("zone", "zone-a"), ("path", "/a/b"), ("query", "x=1"), ("host", "test")]
-    {
+    for (key, value) in [
+        ("pod", "web-1"),
+        ("namespace", "shop"),
+        ("node", "node-1"),
+        ("zone", "zone-a"),
+        ("path", "/a/b"),
+        ("query", "x=1"),
+        ("host", "test"),
+    ] {
         assert_eq!(object[key], value, "{key} in {object}");
     }
     assert!(object["peer"].as_str().unwrap().starts_with("10.244.1.1:"), "{object}");
@@ -58,7 +68,11 @@ async fn an_echo_pod_answers_and_knows_who_it_is() {
     node.deleted("web-1").await;
     assert!(node.get(address(&status, 8080), "/").await.is_err(), "the pod is gone");
     let last = node.api.store().statuses["web-1"].clone();
-    assert_eq!(first(&last).state.as_ref().unwrap().terminated.as_ref().unwrap().exit_code, 0, "SIGTERM ends the server cleanly");
+    assert_eq!(
+        first(&last).state.as_ref().unwrap().terminated.as_ref().unwrap().exit_code,
+        0,
+        "SIGTERM ends the server cleanly"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -75,7 +89,8 @@ async fn failing_health_makes_it_unready_then_restarts_it() {
     node.api.status("web", "unready", |s| condition(s, "Ready") == "False").await;
     node.api.event("Unhealthy", "Readiness probe failed: HTTP probe failed with statuscode: 500").await;
     node.api.event("Killing", "Container web failed liveness probe, will be restarted").await;
-    let status = node.api.status("web", "restarted", |s| first(s).restart_count == 1 && condition(s, "Ready") == "True").await;
+    let status =
+        node.api.status("web", "restarted", |s| first(s).restart_count == 1 && condition(s, "Ready") == "True").await;
     let last = first(&status).last_state.as_ref().unwrap().terminated.as_ref().unwrap();
     assert_eq!(last.exit_code, 0);
 }
@@ -232,7 +247,13 @@ async fn a_crashing_container_backs_off() {
     let status = node
         .api
         .status("loop", "in back-off", |s| {
-            first(s).state.as_ref().unwrap().waiting.as_ref().is_some_and(|w| w.reason.as_deref() == Some("CrashLoopBackOff"))
+            first(s)
+                .state
+                .as_ref()
+                .unwrap()
+                .waiting
+                .as_ref()
+                .is_some_and(|w| w.reason.as_deref() == Some("CrashLoopBackOff"))
         })
         .await;
     assert_eq!(first(&status).restart_count, 1, "the first restart is immediate");
@@ -251,7 +272,10 @@ async fn init_containers_and_sidecars_keep_their_order() {
         json!({"name": name, "image": "portolan.dev/toolbox", "command": ["/bin/sh", "-c", script],
                "volumeMounts": [{"name": "v", "mountPath": "/v"}]})
     };
-    let mut sidecar = step("side", "echo side >> /v/order; trap 'echo side-stops >> /v/order; exit 0' TERM; touch /v/up; while :; do sleep 0.05; done");
+    let mut sidecar = step(
+        "side",
+        "echo side >> /v/order; trap 'echo side-stops >> /v/order; exit 0' TERM; touch /v/up; while :; do sleep 0.05; done",
+    );
     sidecar["restartPolicy"] = json!("Always");
     sidecar["startupProbe"] = json!({"exec": {"command": ["test", "-e", "/v/up"]}, "periodSeconds": 1});
     node.run(
@@ -265,14 +289,19 @@ async fn init_containers_and_sidecars_keep_their_order() {
     assert_eq!(logs(&node, "order").await, "one\nside\ntwo\nmain\n");
     let inits = status.init_container_statuses.unwrap();
     assert_eq!(inits.iter().map(|c| c.name.as_str()).collect::<Vec<_>>(), ["one", "side", "two"]);
-    assert_eq!(inits[1].state.as_ref().unwrap().terminated.as_ref().unwrap().exit_code, 0, "the sidecar was asked to stop");
+    assert_eq!(
+        inits[1].state.as_ref().unwrap().terminated.as_ref().unwrap().exit_code,
+        0,
+        "the sidecar was asked to stop"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn termination_is_polite_then_firm() {
     let node = Node::start("term").await;
     let mut spec = shell_with_trap("trap 'echo got TERM' TERM; touch /tmp/up; while :; do sleep 0.1; done");
-    spec["containers"][0]["lifecycle"] = json!({"preStop": {"exec": {"command": ["/bin/sh", "-c", "echo hook > /proc/1/fd/1"]}}});
+    spec["containers"][0]["lifecycle"] =
+        json!({"preStop": {"exec": {"command": ["/bin/sh", "-c", "echo hook > /proc/1/fd/1"]}}});
     let pod = node.run("deaf", spec);
     node.api.ready("deaf").await;
     let begin = Instant::now();
@@ -301,7 +330,8 @@ async fn hooks_and_probes_of_the_other_kinds() {
     let mut spec = echo(json!({
         "readinessProbe": {"tcpSocket": {"port": "http"}, "periodSeconds": 1},
         "ports": [{"name": "http", "containerPort": 8080}]}));
-    spec["containers"][0]["livenessProbe"] = json!({"tcpSocket": {"port": 9999}, "periodSeconds": 1, "failureThreshold": 100});
+    spec["containers"][0]["livenessProbe"] =
+        json!({"tcpSocket": {"port": 9999}, "periodSeconds": 1, "failureThreshold": 100});
     node.run("web", spec);
     node.api.event("Unhealthy", "Liveness probe failed: dial tcp 10.244.1.2:9999: connect: connection refused").await;
     let status = node.api.ready("web").await;
@@ -317,7 +347,9 @@ async fn hooks_and_probes_of_the_other_kinds() {
     spec["containers"][0]["readinessProbe"] =
         json!({"exec": {"command": ["/bin/sh", "-c", "sleep 30"]}, "periodSeconds": 1, "timeoutSeconds": 1});
     node.run("slow", spec);
-    node.api.event("Unhealthy", "Readiness probe failed: command timed out: \"/bin/sh -c sleep 30\" timed out after 1s").await;
+    node.api
+        .event("Unhealthy", "Readiness probe failed: command timed out: \"/bin/sh -c sleep 30\" timed out after 1s")
+        .await;
 
     let mut spec = shell("sleep 60");
     spec["restartPolicy"] = json!("Always");
@@ -337,7 +369,12 @@ async fn pods_reach_each_other_and_the_node_and_use_its_network_if_asked() {
     node.run("web", echo(json!({})));
     let web = node.api.ready("web").await;
     let ip = web.pod_ip.clone().unwrap();
-    node.run("client", shell(&format!("curl -s http://{ip}:8080/x | head -c 300; ip route; curl -s -m 2 http://10.244.1.200:80/ || echo code $?")));
+    node.run(
+        "client",
+        shell(&format!(
+            "curl -s http://{ip}:8080/x | head -c 300; ip route; curl -s -m 2 http://10.244.1.200:80/ || echo code $?"
+        )),
+    );
     node.api.phase("client", "Succeeded").await;
     let text = logs(&node, "client").await;
     assert!(text.contains("\"peer\":\"10.244.1.3:"), "the client's own address arrives: {text}");

@@ -51,7 +51,8 @@ async fn sleeper(node: &Node) {
 async fn exec_gives_output_and_exit_code() {
     let node = Node::start("exec").await;
     sleeper(&node).await;
-    let path = "/exec/shop/sleeper/main?command=sh&command=-c&command=echo+out%3B+echo+err+%3E%262%3B+exit+5&output=1&error=1";
+    let path =
+        "/exec/shop/sleeper/main?command=sh&command=-c&command=echo+out%3B+echo+err+%3E%262%3B+exit+5&output=1&error=1";
     let mut socket = open(&node, path, "v5.channel.k8s.io").await;
     let [_, out, err, status] = collect(&mut socket).await;
     assert_eq!((text(&out).as_str(), text(&err).as_str()), ("out\n", "err\n"));
@@ -72,7 +73,8 @@ async fn exec_gives_output_and_exit_code() {
 async fn exec_takes_input_until_it_is_closed() {
     let node = Node::start("stdin").await;
     sleeper(&node).await;
-    let mut socket = open(&node, "/exec/shop/sleeper/main?command=wc&command=-c&input=1&output=1", "v5.channel.k8s.io").await;
+    let mut socket =
+        open(&node, "/exec/shop/sleeper/main?command=wc&command=-c&input=1&output=1", "v5.channel.k8s.io").await;
     let mut big = vec![b'x'; 200_001];
     big[0] = 0;
     for chunk in big[1..].chunks(20_000) {
@@ -89,7 +91,8 @@ async fn exec_takes_input_until_it_is_closed() {
 async fn exec_on_a_terminal() {
     let node = Node::start("tty").await;
     sleeper(&node).await;
-    let mut socket = open(&node, "/exec/shop/sleeper/main?command=sh&input=1&output=1&tty=1", "v5.channel.k8s.io").await;
+    let mut socket =
+        open(&node, "/exec/shop/sleeper/main?command=sh&input=1&output=1&tty=1", "v5.channel.k8s.io").await;
     let mut resize = vec![4];
     resize.extend_from_slice(br#"{"Width":101,"Height":31}"#);
     socket.send(Message::binary(resize)).await.unwrap();
@@ -105,8 +108,12 @@ async fn exec_on_a_terminal() {
 async fn a_client_that_goes_away_takes_its_command_with_it() {
     let node = Node::start("gone").await;
     sleeper(&node).await;
-    let mut socket =
-        open(&node, "/exec/shop/sleeper/main?command=sh&command=-c&command=echo+on%3B+exec+sleep+1234.5&output=1", "v5.channel.k8s.io").await;
+    let mut socket = open(
+        &node,
+        "/exec/shop/sleeper/main?command=sh&command=-c&command=echo+on%3B+exec+sleep+1234.5&output=1",
+        "v5.channel.k8s.io",
+    )
+    .await;
     let first = tokio::time::timeout(Duration::from_secs(5), socket.next()).await.unwrap().unwrap().unwrap();
     assert_eq!(first, Message::binary(b"\x01on\n".to_vec()));
     until("the command runs", || running("1234.5")).await;

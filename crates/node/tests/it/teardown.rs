@@ -130,7 +130,9 @@ async fn a_new_agent_begins_anew_and_says_so() {
     kubelet.apply(pod);
     let status = node
         .api
-        .status("web", "restarted", |s| s.container_statuses.as_ref().is_some_and(|c| c[0].restart_count == 1 && c[0].ready))
+        .status("web", "restarted", |s| {
+            s.container_statuses.as_ref().is_some_and(|c| c[0].restart_count == 1 && c[0].ready)
+        })
         .await;
     let last = status.container_statuses.unwrap()[0].last_state.clone().unwrap().terminated.unwrap();
     assert_eq!((last.exit_code, last.reason.as_deref()), (137, Some("ContainerStatusUnknown")));
