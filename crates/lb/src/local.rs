@@ -10,10 +10,11 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{LoadBalancerIngress, PortStatus, Service};
+use portolan_dataplane::conntrack::{Conntrack, Flow};
 use portolan_linux::{Netlink, Netns};
 use portolan_nft::{Executor, Family, NetlinkExecutor};
 use portolan_plan::announce::{
-    Allocator, Ignored, Key, Listener, Pool, Request, ignored_annotations, listeners, service_key,
+    Allocator, Ignored, Key, Listener, Pool, Protocol, Request, ignored_annotations, listeners, service_key,
 };
 
 use crate::provider::{Provider, ProviderError, TargetSet};
@@ -34,6 +35,8 @@ struct Kernel {
     executor: Option<Box<NetlinkExecutor>>,
     /// By family; `None` until installed by this process, and after a refusal: then it is made anew.
     tables: [Option<Ruleset>; 2],
+    /// Whether there may be flows of UDP listeners that are gone.
+    had_udp: bool,
     /// Addresses on `lo`, those of an earlier process included.
     addresses: BTreeSet<IpAddr>,
 }
@@ -60,6 +63,7 @@ impl Local {
         let kernel = Kernel {
             executor: Some(Box::new(executor)),
             tables: [None, None],
+            had_udp: true,
             addresses: held.into_iter().filter(|a| allocator.covers(*a)).collect(),
         };
         Ok(Local { netlink: Netlink::open(&netns)?, netns, allocator, wanted: BTreeMap::new(), kernel })
@@ -73,6 +77,7 @@ impl Local {
             self.netlink.add_address("lo", IpNet::from(*address)).await?;
             self.kernel.addresses.insert(*address);
         }
+        let mut changed = false;
         for (i, family) in FAMILIES.into_iter().enumerate() {
             let mut new = Ruleset::compile(family, self.wanted.values().flatten());
             if self.kernel.tables[i].is_none() && new.is_empty() && family == Family::Ip6 {
@@ -87,7 +92,10 @@ impl Local {
                 continue;
             }
             match self.commit(transaction).await {
-                Ok(()) => self.kernel.tables[i] = Some(new),
+                Ok(()) => {
+                    self.kernel.tables[i] = Some(new);
+                    changed = true;
+                }
                 Err(error) => {
                     // Somebody else may have changed the table: next time it is made anew.
                     self.kernel.tables[i] = None;
@@ -99,7 +107,33 @@ impl Local {
             self.netlink.delete_address("lo", IpNet::from(*address)).await?;
             self.kernel.addresses.remove(address);
         }
+        let udp = self.wanted.values().flatten().any(|l| l.protocol == Protocol::Udp);
+        if changed && (std::mem::replace(&mut self.kernel.had_udp, udp) || udp) {
+            self.end_stale_flows().await;
+        }
         Ok(())
+    }
+
+    /// A UDP client that keeps its port would stay with a target that is gone, because only the first packet of a flow is
+    /// translated anew. TCP clients see their connection end. A failure is logged: the rules are in effect all the same.
+    async fn end_stale_flows(&self) {
+        let netns = self.netns.clone();
+        let listeners: Vec<Listener> = self.wanted.values().flatten().cloned().collect();
+        let allocator = self.allocator.clone();
+        let work = move || -> std::io::Result<usize> {
+            let mut conntrack = Conntrack::open(&netns)?;
+            let mut ended = 0;
+            let flows = conntrack.udp_flows()?;
+            for flow in stale(&listeners, |address| allocator.covers(address), &flows) {
+                conntrack.delete(&flow)?;
+                ended += 1;
+            }
+            Ok(ended)
+        };
+        match tokio::task::spawn_blocking(work).await.map_err(std::io::Error::other).flatten() {
+            Ok(ended) => tracing::debug!(ended, "ended stale UDP flows"),
+            Err(error) => tracing::warn!(%error, "cannot end stale UDP flows"),
+        }
     }
 
     async fn commit(&mut self, transaction: portolan_nft::Transaction) -> Result<(), ProviderError> {
@@ -191,9 +225,68 @@ impl Provider for Local {
     }
 }
 
+/// The UDP flows to addresses of ours that lead to no target of their listener, or to a target of a listener that is gone.
+fn stale(listeners: &[Listener], covers: impl Fn(IpAddr) -> bool, flows: &[Flow]) -> Vec<Flow> {
+    let udp = listeners.iter().filter(|l| l.protocol == Protocol::Udp);
+    let by_address: BTreeMap<(IpAddr, u16), &Listener> = udp.map(|l| ((l.address, l.port), l)).collect();
+    let is_stale = |flow: &&Flow| {
+        let target = (flow.reply_source, flow.reply_source_port);
+        let addressed = (flow.destination, flow.destination_port);
+        match by_address.get(&addressed) {
+            Some(listener) => !listener.targets.contains(&target),
+            None => covers(flow.destination) && target != addressed,
+        }
+    };
+    flows.iter().filter(is_stale).copied().collect()
+}
+
 // Netlink sockets are used by one task at a time; the executor travels to a blocking thread and back.
 const _: fn() = || {
     fn is_send<T: Send>() {}
     is_send::<Local>();
     is_send::<Arc<Netns>>();
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flows_to_targets_that_are_gone_end() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let flow = |destination: &str, port: u16, target: &str, target_port: u16| Flow {
+            source: ip("192.168.60.100"),
+            source_port: 4000,
+            destination: ip(destination),
+            destination_port: port,
+            reply_source: ip(target),
+            reply_source_port: target_port,
+        };
+        let listener = |port: u16, protocol: Protocol, targets: &[&str]| Listener {
+            address: ip("192.168.70.1"),
+            protocol,
+            port,
+            targets: targets.iter().map(|t| (ip(t), 8080)).collect(),
+            allowed: None,
+        };
+        let listeners = [
+            listener(53, Protocol::Udp, &["10.0.0.1"]),
+            listener(54, Protocol::Udp, &[]),
+            listener(55, Protocol::Tcp, &["10.0.0.1"]),
+        ];
+        let rows = [
+            ("to a target", flow("192.168.70.1", 53, "10.0.0.1", 8080), false),
+            ("to a former target", flow("192.168.70.1", 53, "10.0.0.2", 8080), true),
+            ("to a former port of a target", flow("192.168.70.1", 53, "10.0.0.1", 8081), true),
+            ("before there was a target", flow("192.168.70.1", 53, "192.168.70.1", 53), true),
+            ("no target is left", flow("192.168.70.1", 54, "10.0.0.1", 8080), true),
+            ("the listener is gone", flow("192.168.70.1", 55, "10.0.0.1", 8080), true),
+            ("the address is nobody's", flow("192.168.70.2", 53, "10.0.0.1", 8080), true),
+            ("of somebody else", flow("203.0.113.1", 53, "10.0.0.1", 8080), false),
+        ];
+        for (name, flow, expected) in rows {
+            let found = stale(&listeners, |a| a == ip("192.168.70.1") || a == ip("192.168.70.2"), &[flow]);
+            assert_eq!(!found.is_empty(), expected, "{name}");
+        }
+    }
+}

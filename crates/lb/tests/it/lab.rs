@@ -34,9 +34,8 @@ impl Lab {
         lab.connect("out", &lab.outside, "192.168.60.254/24", "192.168.60.100/24").await;
         lab.connect("p1", &lab.pods[0], "10.244.1.1/24", "10.244.1.10/24").await;
         lab.connect("p2", &lab.pods[1], "10.244.2.1/24", "10.244.2.10/24").await;
-        for pod in &lab.pods {
-            serve(pod, 8080);
-        }
+        serve(&lab.pods[0], "10.244.1.10", 8080);
+        serve(&lab.pods[1], "10.244.2.10", 8080);
         lab
     }
 
@@ -56,7 +55,7 @@ impl Lab {
 
 /// Answers each TCP connection and each datagram with its own address and the peer's, on threads that live as long as the
 /// process.
-fn serve(netns: &Netns, port: u16) {
+fn serve(netns: &Netns, own: &'static str, port: u16) {
     let listener = netns.run(|| TcpListener::bind(("0.0.0.0", port)).unwrap()).unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
@@ -68,11 +67,11 @@ fn serve(netns: &Netns, port: u16) {
             });
         }
     });
-    let socket = netns.run(|| UdpSocket::bind(("0.0.0.0", port)).unwrap()).unwrap();
+    let socket = netns.run(|| UdpSocket::bind((own, port)).unwrap()).unwrap();
     std::thread::spawn(move || {
         let mut buffer = [0; 16];
         while let Ok((_, peer)) = socket.recv_from(&mut buffer) {
-            let _ = socket.send_to(peer.ip().to_string().as_bytes(), peer);
+            let _ = socket.send_to(format!("{own} {}", peer.ip()).as_bytes(), peer);
         }
     });
 }
@@ -101,18 +100,30 @@ pub fn tcp(from: &Netns, to: &str) -> String {
     }
 }
 
-/// Sends a datagram and waits for the answer: `CLIENT`.
-pub fn udp(from: &Netns, to: &str) -> String {
-    let socket = from.run(|| UdpSocket::bind("0.0.0.0:0").unwrap()).unwrap();
-    socket.set_read_timeout(Some(Duration::from_millis(700))).unwrap();
-    let exchange = || {
-        socket.connect(to)?;
-        socket.send(b"?")?;
+/// A UDP client that keeps its port.
+pub struct UdpFlow(UdpSocket);
+
+impl UdpFlow {
+    pub fn open(from: &Netns, to: &str) -> UdpFlow {
+        let socket = from.run(|| UdpSocket::bind("0.0.0.0:0").unwrap()).unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(700))).unwrap();
+        socket.connect(to).unwrap();
+        UdpFlow(socket)
+    }
+
+    /// Sends a datagram and waits for the answer: `POD CLIENT`.
+    pub fn ask_who(&mut self) -> String {
         let mut buffer = [0; 64];
-        let n = socket.recv(&mut buffer)?;
-        Ok::<_, std::io::Error>(String::from_utf8_lossy(&buffer[..n]).into_owned())
-    };
-    exchange().unwrap_or_else(|error| format!("{:?}", error.kind()))
+        match self.0.send(b"?").and_then(|_| self.0.recv(&mut buffer)) {
+            Ok(n) => String::from_utf8_lossy(&buffer[..n]).into_owned(),
+            Err(error) => format!("{:?}", error.kind()),
+        }
+    }
+}
+
+/// One datagram from a new port.
+pub fn udp(from: &Netns, to: &str) -> String {
+    UdpFlow::open(from, to).ask_who()
 }
 
 /// Repeats `probe` until it gives what is expected.

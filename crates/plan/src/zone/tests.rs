@@ -225,10 +225,10 @@ fn incremental_equals_from_scratch() {
             }
         }
         let mut scratch = ZoneBuilder::new(options);
-        slices.values().rev().for_each(|s| drop(scratch.set_slice(s)));
-        pods.values().for_each(|p| drop(scratch.set_pod(p)));
-        services.values().for_each(|s| drop(scratch.set_service(s)));
-        spaces.values().for_each(|n| drop(scratch.set_namespace(n)));
+        slices.values().rev().for_each(|s| _ = scratch.set_slice(s));
+        pods.values().for_each(|p| _ = scratch.set_pod(p));
+        services.values().for_each(|s| _ = scratch.set_service(s));
+        spaces.values().for_each(|n| _ = scratch.set_namespace(n));
         assert!(incremental.set() == scratch.set(), "seed {seed}");
 
         let none = HashSet::new();
