@@ -127,9 +127,9 @@ impl Metrics {
         // Zero is something to see; a series that is not there yet breaks rates and alerts.
         for family in IpFamily::ALL {
             let label = FamilyLabel { ip_family: family.as_str() };
-            m.programming.get_or_create(&label);
-            m.sync_partial.get_or_create(&label);
-            m.sync_failures.get_or_create(&label);
+            drop(m.programming.get_or_create(&label));
+            drop(m.sync_partial.get_or_create(&label));
+            drop(m.sync_failures.get_or_create(&label));
         }
         m
     }

@@ -93,24 +93,23 @@ async fn objects_written_through_the_api_reach_the_kernel() {
     assert_eq!(elements(&space, SetId::NodePortAddresses).len(), 1);
 
     // Three frontends with a slot for each endpoint: cluster IP and external IP, and the node port.
-    let slots = |wanted: usize| {
-        let space = space.clone();
-        move || {
-            // The API server's own Service default/kubernetes is at port 443.
-            let slots = elements(&space, SetId::Slots)
-                .iter()
-                .filter(|e| e.key.contains(&portolan_nft::Value::Port(80)))
-                .count();
-            let seen = (slots, elements(&space, SetId::NodePortSlots).len());
-            if seen == (2 * wanted, wanted) { Ok(()) } else { Err(format!("{seen:?}")) }
-        }
+    let sets = layout::Sets::default();
+    let mut kernel = space.run(NetlinkExecutor::new).unwrap().unwrap();
+    let mut count = |id: SetId| {
+        let all = kernel.elements(&layout::table(IpFamily::V4), sets.get(id)).unwrap().unwrap_or_default();
+        // The API server's own Service default/kubernetes is at port 443.
+        all.iter().filter(|e| !e.key.contains(&portolan_nft::Value::Port(443))).count()
+    };
+    let mut slots = |wanted: usize| {
+        let seen = (count(SetId::Slots), count(SetId::NodePortSlots));
+        if seen == (2 * wanted, wanted) { Ok(()) } else { Err(format!("{seen:?}")) }
     };
     let mut times = Vec::new();
     for addresses in [&["10.244.1.2", "10.244.1.3"][..], &["10.244.1.3"], &["10.244.1.4", "10.244.1.5", "10.244.1.6"]] {
         let mut new = slice(addresses);
         new.metadata.resource_version = slices.get("web-1").await.unwrap().metadata.resource_version;
         slices.replace("web-1", &create, &new).await.unwrap();
-        times.push(until("slots follow the endpoints", slots(addresses.len())).await);
+        times.push(until("slots follow the endpoints", || slots(addresses.len())).await);
     }
     println!("from the answer to a write to its effect in the kernel: {times:?}");
 
