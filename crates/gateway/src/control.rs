@@ -46,6 +46,7 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(60);
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
 
 /// An event of one of the watches.
+#[expect(clippy::large_enum_variant, reason = "moved once, from the stream to the table")]
 enum Change {
     Ingress(Event<Ingress>),
     Class(Event<IngressClass>),
@@ -192,6 +193,8 @@ struct World {
     /// Slices by Service.
     by_service: HashMap<ObjectKey, BTreeSet<ObjectKey>>,
     secrets: Table<KnownSecret>,
+    /// Secrets that Ingresses of ours name; changes of others are of no interest.
+    referenced: BTreeSet<ObjectKey>,
     /// Addresses of external names.
     external: HashMap<String, Vec<IpAddr>>,
 }
@@ -292,7 +295,7 @@ pub(crate) async fn run(mut control: Control, shutdown: CancellationToken) {
         }
         let work = std::mem::take(&mut dirty);
         if work.routes || !published {
-            control.publish(&world, &mut reporter);
+            world.referenced = control.publish(&world, &mut reporter);
             if !published {
                 published = true;
                 control.gate.ready();
@@ -391,7 +394,8 @@ fn take(
                 // Of Secrets that hold no certificate only their existence is kept.
                 Some(KnownSecret { version: secret.metadata.resource_version.unwrap_or_default(), certificate })
             };
-            world.secrets.apply(event, parse, |_, _, _| dirty.routes = true);
+            let referenced = &world.referenced;
+            world.secrets.apply(event, parse, |key, _, _| dirty.routes |= referenced.contains(key));
         }
         Change::Failed(watched, error) => {
             if watched == Watched::Classes && is_forbidden(&error) && !world.classes.synced {
@@ -446,7 +450,8 @@ fn trim(mut ingress: Ingress) -> Ingress {
 }
 
 impl Control {
-    fn publish(&mut self, world: &World, reporter: &mut Reporter) {
+    /// Compiles and publishes; returns the Secrets that were looked for.
+    fn publish(&mut self, world: &World, reporter: &mut Reporter) -> BTreeSet<ObjectKey> {
         let begun = Instant::now();
         let now = jiff::Timestamp::now().as_second();
         let options = Options { now, ..self.options.clone() };
@@ -486,6 +491,7 @@ impl Control {
         reporter.routes = compiled.findings;
         reporter.accepted = compiled.accepted;
         reporter.fresh = true;
+        compiled.secrets.into_iter().collect()
     }
 }
 
@@ -564,7 +570,6 @@ struct Reporter {
     synced: HashMap<ObjectKey, u64>,
     /// Ingresses whose addresses are ours.
     published: BTreeSet<ObjectKey>,
-    next_status: Instant,
     due: Instant,
 }
 
@@ -579,7 +584,6 @@ impl Default for Reporter {
             seen: HashMap::new(),
             synced: HashMap::new(),
             published: BTreeSet::new(),
-            next_status: now,
             due: now + STATUS_INTERVAL,
         }
     }
@@ -668,10 +672,10 @@ impl Reporter {
                 control.events.event(&status::reference(ingress), EventType::Normal, "Sync", "Scheduled for sync");
             }
         }
-        self.status(control, world, now);
+        self.status(control, world);
     }
 
-    fn status(&mut self, control: &Control, world: &World, now: Instant) {
+    fn status(&mut self, control: &Control, world: &World) {
         let Some(addresses) = control
             .publish_service
             .as_ref()
@@ -680,7 +684,6 @@ impl Reporter {
         else {
             return;
         };
-        self.next_status = now + STATUS_INTERVAL;
         let accepted: BTreeSet<&ObjectKey> = self.accepted.iter().collect();
         let mut writes = Vec::new();
         for key in &self.accepted {

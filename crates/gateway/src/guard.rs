@@ -740,7 +740,7 @@ mod tests {
         let extension = format!("5;{}\r\nhello\r\n0\r\n\r\n", "e".repeat(300));
         let broken = broken.iter().map(|b| b.to_string()).chain([extension]).map(|body| (chunked(&body), Err(0)));
         for (input, expected) in table.into_iter().chain(broken) {
-            for step in [1, 7, usize::MAX.min(input.len())] {
+            for step in [1, 7, input.len()] {
                 let expected = expected.map(|()| input.len());
                 assert_eq!(feed(input.as_bytes(), step), expected, "step {step}: {:?}", &input[..input.len().min(120)]);
             }

@@ -169,11 +169,6 @@ impl Timer {
         Poll::Pending
     }
 
-    /// Waits until it expires; for ever if it is not set.
-    pub async fn expired(&self) {
-        std::future::poll_fn(|cx| self.poll_expired(cx)).await;
-    }
-
     /// Runs `future` until the timer expires; `None` then. The future may set the timer again meanwhile.
     pub async fn limit<F: Future>(&self, future: F) -> Option<F::Output> {
         let mut future = pin!(future);
@@ -214,8 +209,8 @@ mod tests {
                 timer.clear();
                 let other = timers.after(Duration::from_millis(10));
                 let first = tokio::select! {
-                    () = timer.expired() => "cleared",
-                    () = other.expired() => "set",
+                    _ = timer.limit(std::future::pending::<()>()) => "cleared",
+                    _ = other.limit(std::future::pending::<()>()) => "set",
                 };
                 assert_eq!(first, "set");
                 drop((timer, other));
