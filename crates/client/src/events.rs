@@ -127,6 +127,10 @@ async fn write(client: kube::Client, source: EventSource, mut notes: mpsc::Recei
                 }
                 written.insert(same, Written { name, count: 1, used: clock });
             }
+            // The namespace is being deleted: nobody will read it there.
+            Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404) => {
+                tracing::debug!(reason = note.reason, message = note.message, "no place for event: {}", status.message);
+            }
             Err(error) => tracing::warn!(%error, reason = note.reason, message = note.message, "cannot record event"),
         }
     }

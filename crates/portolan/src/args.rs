@@ -279,9 +279,15 @@ pub struct Apiserver {
     /// Ranges of cluster IPs: one, or one of each family
     #[arg(long, default_value = "10.96.0.0/12", value_name = "CIDR", value_delimiter = ',')]
     pub service_cluster_ip_range: Vec<ipnet::IpNet>,
-    /// Also run the controllers
-    #[arg(long)]
-    pub controllers: bool,
+    /// Address at which pods reach the server: the endpoint of Service default/kubernetes [default: the one it listens on]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub advertise_address: Option<SocketAddr>,
+    /// Admission plugins that do not run
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub disable_admission_plugins: Vec<String>,
+    /// Also run these controllers: names, * for all, -NAME for all but this one
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', allow_hyphen_values = true)]
+    pub controllers: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -1,9 +1,11 @@
 //! One component alone, against any API server.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use portolan_controller::Controller;
 use portolan_linux::Netns;
 use portolan_observe::Observer;
 use tokio_util::sync::CancellationToken;
@@ -115,7 +117,13 @@ pub async fn apiserver(args: args::Apiserver) -> Result<()> {
         .with_context(|| format!("cannot listen on {}; choose another address with --listen", args.listen))?;
     let address = listener.local_addr()?;
     let token = uuid::Uuid::new_v4().to_string();
-    let mut config = portolan_apiserver::ServerConfig::new(address);
+    let advertise = args.advertise_address.unwrap_or(address);
+    if advertise.ip().is_loopback() {
+        bail!("pods cannot reach the loopback address {advertise}; name one that they can with --advertise-address");
+    }
+    let enabled = controllers(&args.controllers)?;
+    let mut config = portolan_apiserver::ServerConfig::new(advertise);
+    config.disable_admission_plugins.extend(args.disable_admission_plugins);
     config.data_dir = args.data_dir;
     config.service_cidrs = args.service_cluster_ip_range;
     config.listeners = vec![listener];
@@ -128,14 +136,8 @@ pub async fn apiserver(args: args::Apiserver) -> Result<()> {
         write_private(&dir.join("token"), token.as_bytes())?;
     }
     println!("{url}");
-    if args.controllers {
-        // Pods of an API server alone have no nodes to run on: nothing schedules them.
-        let all = portolan_controller::Controller::ALL;
-        let config = portolan_controller::Config {
-            enabled: all.into_iter().filter(|c| *c != portolan_controller::Controller::Scheduler).collect(),
-            cluster_ca: Some(server.ca_pem()),
-            ..Default::default()
-        };
+    if !enabled.is_empty() {
+        let config = portolan_controller::Config { enabled, cluster_ca: Some(server.ca_pem()), ..Default::default() };
         let client = crate::up::local_client(&server, "system:kube-controller-manager");
         portolan_controller::run(config, client, Observer::new(), shutdown.clone()).await?;
     } else {
@@ -143,6 +145,23 @@ pub async fn apiserver(args: args::Apiserver) -> Result<()> {
     }
     server.shutdown().await;
     Ok(())
+}
+
+/// Reads a list of controllers as kube-controller-manager does: `*` is all, `-name` takes one away.
+fn controllers(names: &[String]) -> Result<BTreeSet<Controller>> {
+    let parse = |name: &str| {
+        let known = || Controller::ALL.map(Controller::name).join(", ");
+        Controller::parse(name).with_context(|| format!("there is no controller {name}; there are: {}", known()))
+    };
+    let mut enabled = BTreeSet::new();
+    for name in names {
+        match name.strip_prefix('-') {
+            Some(name) => drop(enabled.remove(&parse(name)?)),
+            None if name == "*" => enabled.extend(Controller::ALL),
+            None => drop(enabled.insert(parse(name)?)),
+        }
+    }
+    Ok(enabled)
 }
 
 /// `portolan echo`
