@@ -1326,7 +1326,8 @@ fn retry_wait(retries: u32) -> Duration {
     (RETRY.0 * 2u32.saturating_pow(retries.min(8))).min(RETRY.1)
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+/// An error with all its sources.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(inner) = source {

@@ -294,7 +294,7 @@ fn unpack_layers(
     let mut size = 0;
     for (diff_id, layer) in config.rootfs.diff_ids.iter().zip(layers) {
         let (name, bytes) = layer::unpack(store, diff_id, || open(layer).map_err(io::Error::other))
-            .map_err(|e| format!("layer {layer}: {e}"))?;
+            .map_err(|e| format!("layer {layer}: {}", crate::worker::chain(&e)))?;
         names.push(name);
         size += bytes;
     }

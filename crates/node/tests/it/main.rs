@@ -5,6 +5,7 @@
 
 mod api;
 mod cluster;
+mod images;
 mod pods;
 mod server;
 mod streams;
