@@ -281,8 +281,14 @@ async fn other_names_go_to_the_upstream() {
         // are answered as ever.
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| {
-                let started = Instant::now();
-                (ask("dead.example.", "A").rcode, started.elapsed())
+                loop {
+                    let started = Instant::now();
+                    let rcode = ask("dead.example.", "A").rcode;
+                    // The other query may have been first by chance; then this one is the one refused.
+                    if rcode != "REFUSED" {
+                        return (rcode, started.elapsed());
+                    }
+                }
             });
             eventually("the limit", || {
                 let rcode = ask("www.example.org.", "A").rcode;
