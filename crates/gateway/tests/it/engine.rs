@@ -201,9 +201,8 @@ fn certificates_follow_the_server_name_and_change_without_a_restart() {
     let backend = Backend::start("web");
     let mut gate = Gate::start();
     gate.service("web", &[backend.address]);
-    let directory = std::env::temp_dir().join(format!("portolan-gateway-{}-{}", std::process::id(), gate.https.port()));
-    std::fs::create_dir_all(&directory).unwrap();
-    let trust = directory.join("ca.pem");
+    let directory = tempfile::tempdir().unwrap();
+    let trust = directory.path().join("ca.pem");
     let tls = |name: &str, host: &str, class: &str| {
         let mut object = ingress(name, class, host, "/", "web", &[]);
         object["spec"]["tls"] = json!([{"hosts": [host], "secretName": name}]);
@@ -289,7 +288,6 @@ fn certificates_follow_the_server_name_and_change_without_a_restart() {
     assert_eq!(ask(&mut before), old);
     let mut after = connect_again(&client, gate.https);
     assert_ne!(ask(&mut after), old);
-    std::fs::remove_dir_all(directory).unwrap();
 }
 
 fn connect_again(
