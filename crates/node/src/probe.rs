@@ -25,6 +25,8 @@ use crate::kubelet::NodeContext;
 
 /// The user agent of Kubernetes 1.36's prober.
 const USER_AGENT: &str = "kube-probe/1.36";
+/// How long after its start a program is given to listen before the first probe counts.
+const LISTEN_GRACE: Duration = Duration::from_secs(1);
 const MAX_BODY: usize = 10 * 1024;
 const MAX_REDIRECTS: usize = 10;
 
@@ -132,6 +134,7 @@ impl ProbeTask {
         let wait = begin.unwrap_or(Timestamp::MAX).duration_since(Timestamp::now());
         tokio::time::sleep(Duration::try_from(wait).unwrap_or(Duration::ZERO)).await;
 
+        self.wait_for_listener(period.min(LISTEN_GRACE)).await;
         let mut tally = Tally::new(self.kind, &self.probe);
         let mut ticks = tokio::time::interval(period);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -152,6 +155,35 @@ impl ProbeTask {
                 }
             }
         }
+    }
+
+    /// Holds the first network probe back while the port of a run that has just begun refuses connections: a program needs a
+    /// moment to listen, and a failed first probe would cost it a whole period. The kubelet has no such rule; it can only make a
+    /// pod ready earlier, and is over after `grace` at the latest.
+    async fn wait_for_listener(&self, grace: Duration) {
+        let own = |host: Option<&String>| host.is_none_or(|h| h.is_empty());
+        let port = if let Some(action) = self.probe.http_get.as_ref().filter(|a| own(a.host.as_ref())) {
+            port_number(&action.port, &self.container).ok()
+        } else if let Some(action) = self.probe.tcp_socket.as_ref().filter(|a| own(a.host.as_ref())) {
+            port_number(&action.port, &self.container).ok()
+        } else {
+            self.probe.grpc.as_ref().and_then(|action| u16::try_from(action.port).ok())
+        };
+        let Some(port) = port else { return };
+        let address = SocketAddr::new(self.address, port);
+        let age = Timestamp::now().duration_since(self.run.started_at);
+        let left = grace.saturating_sub(Duration::try_from(age).unwrap_or(Duration::ZERO));
+        let listening = async {
+            let mut pause = Duration::from_millis(10);
+            while let Err(e) = connect(&self.context.config.netns, address).await {
+                if e.kind() != std::io::ErrorKind::ConnectionRefused {
+                    return;
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_millis(80));
+            }
+        };
+        let _ = tokio::time::timeout(left, listening).await;
     }
 
     async fn ask(&self, timeout: Duration) -> Answer {

@@ -40,10 +40,11 @@ async fn an_echo_pod_answers_and_knows_who_it_is() {
     let begin = Instant::now();
     let pod = node.run(
         "web-1",
-        echo(json!({"readinessProbe": {"httpGet": {"path": "/healthz", "port": 8080}, "periodSeconds": 1}})),
+        echo(json!({"readinessProbe": {"httpGet": {"path": "/healthz", "port": 8080}, "periodSeconds": 30}})),
     );
     let status = node.api.ready("web-1").await;
-    eprintln!("created to ready: {:?}", begin.elapsed());
+    let took = begin.elapsed();
+    assert!(took < Duration::from_secs(5), "a server is ready long before the second probe is due, not after {took:?}");
     assert_eq!(status.phase.as_deref(), Some("Running"));
     assert_eq!(status.pod_ip.as_deref(), Some("10.244.1.2"));
     assert_eq!(status.host_ip.as_deref(), Some("192.168.50.11"));
