@@ -89,7 +89,8 @@ impl Netlink {
         if let Some(netns) = peer_netns {
             peer_message = peer_message.setns_by_fd(netns.as_raw_fd());
         }
-        let message = LinkVeth::new(name, peer).set_info_data(InfoData::Veth(InfoVeth::Peer(peer_message.build()))).build();
+        let message =
+            LinkVeth::new(name, peer).set_info_data(InfoData::Veth(InfoVeth::Peer(peer_message.build()))).build();
         self.handle.link().add(message).execute().await.map_err(request("add veth", name))
     }
 
@@ -155,7 +156,8 @@ impl Netlink {
             .set_address_filter(address.addr())
             .set_prefix_length_filter(address.prefix_len())
             .execute();
-        let failed = |source| Error::Request { action: "delete address", subject: format!("{address} of {link}"), source };
+        let failed =
+            |source| Error::Request { action: "delete address", subject: format!("{address} of {link}"), source };
         while let Some(found) = list.try_next().await.map_err(failed)? {
             self.handle.address().del(found).execute().await.map_err(failed)?;
         }
@@ -206,7 +208,9 @@ impl Netlink {
         match found.try_next().await {
             Ok(Some(message)) => Ok(message.header.index),
             Ok(None) => Err(Error::NoLink(link.to_string())),
-            Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -libc::ENODEV => Err(Error::NoLink(link.to_string())),
+            Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -libc::ENODEV => {
+                Err(Error::NoLink(link.to_string()))
+            }
             Err(source) => Err(Error::Request { action: "look up", subject: link.to_string(), source }),
         }
     }
@@ -226,14 +230,16 @@ impl Netlink {
         };
         Ok(match destination {
             IpNet::V4(net) => {
-                let mut route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(net.network(), net.prefix_len());
+                let mut route =
+                    RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(net.network(), net.prefix_len());
                 if let Some(IpAddr::V4(gateway)) = gateway {
                     route = route.gateway(gateway);
                 }
                 finish(route, link, gateway.is_some(), target).build()
             }
             IpNet::V6(net) => {
-                let mut route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(net.network(), net.prefix_len());
+                let mut route =
+                    RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(net.network(), net.prefix_len());
                 if let Some(IpAddr::V6(gateway)) = gateway {
                     route = route.gateway(gateway);
                 }

@@ -30,23 +30,14 @@ impl Netns {
             fs::create_dir_all(dir)?;
         }
         if is_mount_point(&path)? {
-            return Err(io::Error::new(
-                io::ErrorKind::AlreadyExists,
-                format!("{} is mounted already", path.display()),
-            ));
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, format!("{} is mounted already", path.display())));
         }
         fs::OpenOptions::new().create(true).truncate(false).write(true).open(&path)?;
         let target = path.clone();
         // A thread of its own: unshare changes the calling thread only, and the thread ends with the namespace named.
         on_thread(move || {
             unshare(CloneFlags::CLONE_NEWNET)?;
-            mount(
-                Some("/proc/thread-self/ns/net"),
-                &target,
-                None::<&str>,
-                MsFlags::MS_BIND,
-                None::<&str>,
-            )?;
+            mount(Some("/proc/thread-self/ns/net"), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
             Ok(())
         })?;
         Netns::open(path)

@@ -51,7 +51,9 @@ impl Default for Observer {
 impl Observer {
     /// An empty registry without gates: ready at once.
     pub fn new() -> Observer {
-        Observer { inner: Arc::new(Inner { registry: Mutex::new(Registry::default()), gates: watch::Sender::default() }) }
+        Observer {
+            inner: Arc::new(Inner { registry: Mutex::new(Registry::default()), gates: watch::Sender::default() }),
+        }
     }
 
     /// Registers metrics. Called once per component at start.
@@ -80,7 +82,12 @@ impl Observer {
 
     /// The gates that are closed, with their reasons, by name.
     pub fn not_ready(&self) -> Vec<(String, String)> {
-        self.inner.gates.borrow().iter().filter_map(|(name, state)| Some((name.clone(), state.clone().err()?))).collect()
+        self.inner
+            .gates
+            .borrow()
+            .iter()
+            .filter_map(|(name, state)| Some((name.clone(), state.clone().err()?)))
+            .collect()
     }
 
     /// The metrics in the OpenMetrics text format.
@@ -115,9 +122,10 @@ impl ReadyGate {
     }
 
     fn set(&self, state: Result<(), String>) {
-        self.observer.inner.gates.send_if_modified(|gates| {
-            gates.insert(self.name.clone(), state.clone()).as_ref() != Some(&state)
-        });
+        self.observer
+            .inner
+            .gates
+            .send_if_modified(|gates| gates.insert(self.name.clone(), state.clone()).as_ref() != Some(&state));
     }
 }
 
@@ -184,9 +192,7 @@ fn route(observer: &Observer, method: &Method, path: &str) -> (StatusCode, &'sta
                 (StatusCode::SERVICE_UNAVAILABLE, TEXT, lines)
             }
         }
-        "/metrics" => {
-            (StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", observer.encode())
-        }
+        "/metrics" => (StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", observer.encode()),
         _ => (StatusCode::NOT_FOUND, TEXT, "404 page not found\n".into()),
     }
 }

@@ -3,11 +3,13 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use portolan_controller::Controller;
 use portolan_linux::Netns;
 use portolan_observe::Observer;
+use portolan_plan::zone::{Options, PodMode};
 use tokio_util::sync::CancellationToken;
 
 use crate::args;
@@ -44,7 +46,8 @@ fn netns(path: Option<&Path>) -> Result<Netns> {
 /// `portolan proxy`
 pub async fn proxy(args: args::Proxy) -> Result<()> {
     let Start { client, observer, shutdown } = start(&args.connection, Some(args.metrics_address)).await?;
-    let config = portolan_dataplane::AgentConfig::new(args.node_name, netns(args.netns.as_deref())?, args.pod_interface_prefix);
+    let config =
+        portolan_dataplane::AgentConfig::new(args.node_name, netns(args.netns.as_deref())?, args.pod_interface_prefix);
     Ok(portolan_dataplane::run(config, client, observer, shutdown).await?)
 }
 
@@ -56,6 +59,9 @@ pub async fn dns(args: args::Dns) -> Result<()> {
         listen: args.listen,
         cluster_domain: args.cluster_domain,
         upstreams: args.upstream.iter().map(|u| u.0).collect(),
+        // As in the manifest that CoreDNS is usually installed with.
+        options: Options { pods: PodMode::Insecure, ..Default::default() },
+        lame_duck: Duration::from_secs(5),
         health: any(8080),
         ready: any(8181),
         metrics: any(9153),
@@ -69,9 +75,8 @@ pub async fn gateway(args: args::Gateway) -> Result<()> {
     let Start { client, observer, shutdown } = start(&args.connection, None).await?;
     let publish_service = match &args.publish_service {
         Some(text) => {
-            let (namespace, name) = text
-                .split_once('/')
-                .with_context(|| format!("--publish-service {text}: expected NAMESPACE/NAME"))?;
+            let (namespace, name) =
+                text.split_once('/').with_context(|| format!("--publish-service {text}: expected NAMESPACE/NAME"))?;
             Some((namespace.to_string(), name.to_string()))
         }
         None => None,

@@ -82,7 +82,10 @@ fn find(paths: &Paths, place: &Place) -> Result<(PathBuf, Option<PathBuf>)> {
         Place::Node(name) => (named(name)?, None),
         Place::Pod { namespace, name } => {
             let netns = portolan_node::pod_netns(&paths.run, namespace, name).with_context(|| {
-                format!("pod {namespace}/{name} has no network in cluster {} (it does not run, or uses its node's)", paths.name)
+                format!(
+                    "pod {namespace}/{name} has no network in cluster {} (it does not run, or uses its node's)",
+                    paths.name
+                )
             })?;
             let resolv_conf = netns.with_file_name("resolv.conf");
             (netns, resolv_conf.exists().then_some(resolv_conf))

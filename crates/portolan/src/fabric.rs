@@ -23,8 +23,6 @@ pub const OUTSIDE_ROUTER: Ipv4Addr = Ipv4Addr::new(192, 168, 60, 254);
 pub const OUTSIDE_HOST: Ipv4Addr = Ipv4Addr::new(192, 168, 60, 100);
 /// Addresses that the load balancer hands out.
 pub const LB_POOL: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 70, 0), 28);
-/// Addresses of all pods; a node has a /24 of it.
-pub const POD_CIDR: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 244, 0, 0), 16);
 /// Cluster IPs.
 pub const SERVICE_CIDR: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 12);
 /// The cluster IP of kube-system/kube-dns: the tenth of the range.

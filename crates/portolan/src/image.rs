@@ -13,9 +13,8 @@ pub fn run(command: args::Image) -> Result<()> {
     match command {
         args::Image::Import(args) => {
             let store = open(&args.named, args.data_dir)?;
-            let imported = store
-                .import(&args.file)
-                .with_context(|| format!("cannot import {}", args.file.display()))?;
+            let imported =
+                store.import(&args.file).with_context(|| format!("cannot import {}", args.file.display()))?;
             for reference in imported {
                 println!("imported {reference}");
             }

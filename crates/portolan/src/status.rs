@@ -24,8 +24,7 @@ pub async fn run(args: &args::Status) -> Result<u8> {
     let paths = Paths::new(&args.named.name);
     let running = paths.holder()?.is_some();
     let state = paths.read_state()?.filter(|_| running);
-    let mut report =
-        Report { name: paths.name.to_string(), running, ready: false, state, not_ready: Vec::new() };
+    let mut report = Report { name: paths.name.to_string(), running, ready: false, state, not_ready: Vec::new() };
     if let Some(state) = &report.state {
         report.not_ready = match not_ready(state).await {
             Ok(names) => names,
@@ -45,7 +44,10 @@ fn print(report: &Report, paths: &Paths) -> Result<()> {
         if report.running {
             println!("cluster {} is starting", report.name);
         } else if paths.run.exists() {
-            println!("cluster {} is not running but left something behind; clean up with: portolan down --name {0}", report.name);
+            println!(
+                "cluster {} is not running but left something behind; clean up with: portolan down --name {0}",
+                report.name
+            );
         } else {
             println!("cluster {} is not running; start it with: portolan up --name {0} --detach", report.name);
         }
@@ -55,7 +57,12 @@ fn print(report: &Report, paths: &Paths) -> Result<()> {
         }
         return Ok(());
     };
-    println!("cluster     {} ({}, process {})", report.name, if report.ready { "ready" } else { "not ready" }, state.pid);
+    println!(
+        "cluster     {} ({}, process {})",
+        report.name,
+        if report.ready { "ready" } else { "not ready" },
+        state.pid
+    );
     println!("API server  https://{}", state.api);
     println!("kubeconfig  {}", state.kubeconfig.display());
     println!("Ingress     http://{}  https://{}", state.http, state.https);

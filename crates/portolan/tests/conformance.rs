@@ -2,6 +2,8 @@
 //!
 //! The list may only shrink: a listed case that passes fails the test until it is taken off the list.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -92,8 +94,12 @@ fn check(ranges: &str, arguments: &[&str], files: &[&str]) {
             let lines: String = outcome.failed.iter().map(|id| format!("{id}\n")).collect();
             if lines.is_empty() { drop(fs::remove_file(&list)) } else { fs::write(&list, lines).unwrap() }
         }
-        let known: BTreeSet<String> =
-            fs::read_to_string(&list).unwrap_or_default().lines().map(str::to_string).filter(|l| !l.is_empty()).collect();
+        let known: BTreeSet<String> = fs::read_to_string(&list)
+            .unwrap_or_default()
+            .lines()
+            .map(str::to_string)
+            .filter(|l| !l.is_empty())
+            .collect();
         println!("{file}: {} of {} pass", outcome.all.len() - outcome.failed.len(), outcome.all.len());
         for id in outcome.failed.difference(&known) {
             let line = outcome.text.lines().find(|l| l.starts_with(&format!("FAIL {id}:"))).unwrap_or_default();
@@ -116,10 +122,8 @@ const DUAL: &str = "10.96.0.0/12,fd00:10:96::/108";
 /// The recordings of an API server alone made pods without ServiceAccounts.
 const ALONE: &[&str] = &["--disable-admission-plugins=ServiceAccount"];
 /// With controllers; pods of the recordings are bare objects that nobody schedules or runs.
-const CONTROLLERS: &[&str] = &[
-    "--controllers=*,-scheduler,-pod-garbage-collector-controller",
-    "--disable-admission-plugins=ServiceAccount",
-];
+const CONTROLLERS: &[&str] =
+    &["--controllers=*,-scheduler,-pod-garbage-collector-controller", "--disable-admission-plugins=ServiceAccount"];
 /// With the controllers that deletion needs.
 const DELETION: &[&str] = &[
     "--controllers=garbage-collector-controller,namespace-controller,serviceaccount-controller",

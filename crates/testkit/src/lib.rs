@@ -168,7 +168,8 @@ impl Cluster {
     /// The process id of `up`.
     pub fn pid(&self) -> i32 {
         let status = self.portolan("status", &["-o", "json"]);
-        let report: serde_json::Value = serde_json::from_str(&status.stdout).unwrap_or_else(|e| panic!("{e}: {status}"));
+        let report: serde_json::Value =
+            serde_json::from_str(&status.stdout).unwrap_or_else(|e| panic!("{e}: {status}"));
         report["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).unwrap_or_else(|| panic!("no pid: {status}"))
     }
 

@@ -266,10 +266,7 @@ async fn compose(
         let mut agent = portolan_dataplane::AgentConfig::new(node.name.clone(), node.netns.clone(), "vp");
         agent.metrics = Some(proxy_metrics.clone());
         let agent_client = client("system:kube-proxy");
-        parts.spawn(
-            "service proxy",
-            portolan_dataplane::run(agent, agent_client, observer.clone(), shutdown.clone()),
-        );
+        parts.spawn("service proxy", portolan_dataplane::run(agent, agent_client, observer.clone(), shutdown.clone()));
     }
     for node in &fabric.nodes {
         say(&format!("node        {} {} {}", node.name, node.address, node.zone));
@@ -280,10 +277,7 @@ async fn compose(
     parts.spawn("load balancer", portolan_lb::run(lb, lb_client, observer.clone(), shutdown.clone()));
 
     let upstreams: Vec<SocketAddr> = args.dns_upstream.iter().map(|u| u.0).collect();
-    write_private(
-        &paths.outside_resolv_conf(),
-        format!("nameserver {}\n", fabric::OUTSIDE_ROUTER).as_bytes(),
-    )?;
+    write_private(&paths.outside_resolv_conf(), format!("nameserver {}\n", fabric::OUTSIDE_ROUTER).as_bytes())?;
     make_readable(&paths.outside_resolv_conf())?;
     let published = portolan_dns::Config {
         listen: vec![SocketAddr::from((fabric::OUTSIDE_ROUTER, 53))],

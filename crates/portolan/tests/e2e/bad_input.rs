@@ -13,12 +13,18 @@ fn bad_manifests_are_refused_with_the_usual_words() {
         ("{apiVersion: v1, kind: Nothing, metadata: {name: a}}", "no matches for kind \"Nothing\""),
         (&service("{prots: []}"), "unknown field \"spec.prots\""),
         (&service("{ports: [{port: 99999}]}"), "must be between 1 and 65535, inclusive"),
-        (&service("{ports: [{port: many}]}"), "cannot unmarshal string into Go struct field ServicePort.spec.ports.port of type int32"),
+        (
+            &service("{ports: [{port: many}]}"),
+            "cannot unmarshal string into Go struct field ServicePort.spec.ports.port of type int32",
+        ),
         (&service("{ports: [{port: 80}, {port: 81}]}"), "spec.ports[0].name: Required value"),
         (&service("{type: NodePort, ports: [{port: 80, nodePort: 80}]}"), "provided port is not in the valid range"),
         (&service("{clusterIP: 10.1.2.3, ports: [{port: 80}]}"), "spec.clusterIPs"),
         ("{apiVersion: v1, kind: ConfigMap, metadata: {name: Not_A_Name}}", "RFC 1123"),
-        ("{apiVersion: v1, kind: ConfigMap, metadata: {name: a, namespace: nowhere}}", "namespaces \"nowhere\" not found"),
+        (
+            "{apiVersion: v1, kind: ConfigMap, metadata: {name: a, namespace: nowhere}}",
+            "namespaces \"nowhere\" not found",
+        ),
     ];
     for (manifest, expected) in table {
         let refused = c.apply(manifest);
@@ -60,11 +66,16 @@ spec: {selector: {app: none}, ports: [{port: 80}]}
 ",
     )
     .ok();
-    eventually("the missing ConfigMap is named", LIMIT, || c.kubectl("describe pod needs").has("configmap \"later\" not found"));
-    eventually("the missing image is explained", LIMIT, || c.kubectl("describe pod noimage").has("portolan image import"));
+    eventually("the missing ConfigMap is named", LIMIT, || {
+        c.kubectl("describe pod needs").has("configmap \"later\" not found")
+    });
+    eventually("the missing image is explained", LIMIT, || {
+        c.kubectl("describe pod noimage").has("portolan image import")
+    });
     eventually("the waiting reason shows", LIMIT, || c.kubectl("get pod noimage").has("ErrImageNeverPull"));
     eventually("the scheduler explains", LIMIT, || {
-        c.kubectl("describe pod nowhere").has("0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector")
+        c.kubectl("describe pod nowhere")
+            .has("0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector")
     });
     let address = c.kubectl("get service empty -o jsonpath={.spec.clusterIP}").ok();
     eventually("a Service without endpoints refuses", LIMIT, || {
@@ -95,7 +106,9 @@ fn a_load_balancer_without_addresses_says_why_and_recovers() {
             .collect();
         if names.len() == 1 { Ok(names[0].clone()) } else { Err(list) }
     });
-    eventually("the event says why", LIMIT, || c.kubectl(&format!("describe service {pending}")).has("no available IPs"));
+    eventually("the event says why", LIMIT, || {
+        c.kubectl(&format!("describe service {pending}")).has("no available IPs")
+    });
     let other = if pending == "lb-0" { "lb-1" } else { "lb-0" };
     c.kubectl(&format!("delete service {other} --timeout=30s")).ok();
     c.kubectl_args([

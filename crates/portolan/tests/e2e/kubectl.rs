@@ -30,7 +30,15 @@ fn objects_are_made_read_changed_and_removed() {
     assert_eq!(c.kubectl("get configmap -l tier=back -o name").ok(), "");
     c.kubectl("get configmap --field-selector=metadata.name=settings -o name").has("settings").unwrap();
     c.kubectl_args(["patch", "configmap", "settings", "--type=merge", "-p", r#"{"data":{"size":"1"}}"#]).ok();
-    c.kubectl_args(["patch", "configmap", "settings", "--type=json", "-p", r#"[{"op":"remove","path":"/data/color"}]"#]).ok();
+    c.kubectl_args([
+        "patch",
+        "configmap",
+        "settings",
+        "--type=json",
+        "-p",
+        r#"[{"op":"remove","path":"/data/color"}]"#,
+    ])
+    .ok();
     assert_eq!(c.kubectl("get configmap settings -o jsonpath={.data}").ok(), r#"{"size":"1"}"#);
     c.kubectl("get configmap settings -o yaml").has("size: \"1\"").unwrap();
 
@@ -48,7 +56,11 @@ fn objects_are_made_read_changed_and_removed() {
     let diff = c.kubectl_stdin(&["diff", "-f", "-"], &manifest.replace("'1'", "'3'"));
     assert_eq!(diff.code, Some(1), "{diff}");
     assert!(diff.stdout.contains("+  a: \"3\""), "{diff}");
-    c.kubectl_stdin(&["apply", "--server-side", "--field-manager=one", "-f", "-"], &manifest.replace("applied", "sided")).ok();
+    c.kubectl_stdin(
+        &["apply", "--server-side", "--field-manager=one", "-f", "-"],
+        &manifest.replace("applied", "sided"),
+    )
+    .ok();
     let conflict = c
         .kubectl_stdin(
             &["apply", "--server-side", "--field-manager=two", "-f", "-"],
@@ -86,7 +98,8 @@ fn pods_run_are_entered_and_read() {
     c.kubectl("run echo --image=portolan.dev/echo --port=8080 --expose").has("service/echo created").unwrap();
     c.kubectl("wait pod/echo --for=condition=Ready --timeout=60s").ok();
     eventually("the exposed Service answers", LIMIT, || {
-        c.kubectl_args(["exec", "talker", "--", "curl", "-sS", "--max-time", "2", "http://echo:8080/"]).has("\"pod\":\"echo\"")
+        c.kubectl_args(["exec", "talker", "--", "curl", "-sS", "--max-time", "2", "http://echo:8080/"])
+            .has("\"pod\":\"echo\"")
     });
     c.kubectl("delete pod talker --timeout=30s").ok();
 }

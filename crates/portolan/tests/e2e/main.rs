@@ -1,5 +1,7 @@
 //! Real kubectl, curl and dig against the real binary. Each test has a cluster of its own and they run in parallel.
 
+#![allow(clippy::unwrap_used)]
+
 mod bad_input;
 mod kubectl;
 mod lifecycle;
