@@ -128,7 +128,7 @@ pub async fn apiserver(args: args::Apiserver) -> Result<()> {
     }
     let enabled = controllers(&args.controllers)?;
     let mut config = portolan_apiserver::ServerConfig::new(advertise);
-    config.disable_admission_plugins.extend(args.disable_admission_plugins);
+    config.disable_admission_plugins = args.disable_admission_plugins;
     config.data_dir = args.data_dir;
     config.service_cidrs = args.service_cluster_ip_range;
     config.listeners = vec![listener];

@@ -126,7 +126,8 @@ const CONTROLLERS: &[&str] =
     &["--controllers=*,-scheduler,-pod-garbage-collector-controller", "--disable-admission-plugins=ServiceAccount"];
 /// With the controllers that deletion needs.
 const DELETION: &[&str] = &[
-    "--controllers=garbage-collector-controller,namespace-controller,serviceaccount-controller",
+    "--controllers=garbage-collector-controller,namespace-controller,serviceaccount-controller,\
+     root-ca-certificate-publisher-controller",
     "--disable-admission-plugins=ServiceAccount",
 ];
 

@@ -390,7 +390,8 @@ pub fn reconcile(input: &Input<'_>) -> Changes {
     let families = families(service, input.pods);
     // Slices of an earlier Service of the same name, and of families that the Service has left.
     let (ours, foreign): (Vec<_>, Vec<_>) = input.existing.iter().cloned().partition(|slice| {
-        let owned = slice.metadata.owner_references.iter().flatten().any(|o| Some(&o.uid) == service.metadata.uid.as_ref());
+        let owned =
+            slice.metadata.owner_references.iter().flatten().any(|o| Some(&o.uid) == service.metadata.uid.as_ref());
         owned && families.iter().any(|f| f.as_str() == slice.address_type)
     });
     changes.delete.extend(foreign);

@@ -223,6 +223,8 @@ async fn compose(
     config.service_cidrs = vec![ipnet::IpNet::V4(fabric::SERVICE_CIDR)];
     config.dialer = dialer.clone();
     config.observer = observer.clone();
+    // All plug-ins run: the node life cycle controller takes the taint of new nodes away.
+    config.disable_admission_plugins.clear();
     let server = portolan_apiserver::Server::start(config).await.context("cannot start the API server")?;
     write_private(&state.kubeconfig, server.kubeconfig(&format!("https://{api_address}"))?.as_bytes())?;
     paths.write_state(&state)?;
