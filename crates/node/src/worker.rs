@@ -206,7 +206,7 @@ pub(crate) struct PodWorker {
     removed: bool,
     /// No more updates will come.
     abandoned: bool,
-    told_unsupported: bool,
+    told_unsupported: Vec<String>,
 }
 
 /// Starts the task of a pod.
@@ -275,7 +275,7 @@ impl PodWorker {
             termination: None,
             removed: false,
             abandoned: false,
-            told_unsupported: false,
+            told_unsupported: Vec::new(),
         };
         worker.recall(now);
         worker
@@ -559,13 +559,12 @@ impl PodWorker {
         }
     }
 
-    /// Warns once about fields that this node does not act on.
+    /// Warns once about each field that this node does not act on; ephemeral containers may come later.
     fn tell_unsupported(&mut self) {
-        if std::mem::replace(&mut self.told_unsupported, true) {
-            return;
-        }
-        let fields = unsupported(spec_of(&self.pod), self.context.limits_available);
+        let mut fields = unsupported(spec_of(&self.pod), self.context.limits_available);
+        fields.retain(|field| !self.told_unsupported.contains(field));
         if !fields.is_empty() {
+            self.told_unsupported.extend(fields.iter().cloned());
             let text = format!("this node ignores: {}", fields.join(", "));
             self.event(EventType::Warning, "UnsupportedFields", text);
         }
