@@ -23,6 +23,8 @@ pub struct Status {
     pub continue_token: Option<String>,
     /// Seconds for a `Retry-After` header; also in the details.
     pub retry_after_seconds: Option<u32>,
+    /// Texts for `Warning` headers; not in the body.
+    pub warnings: Vec<String>,
 }
 
 /// `status.details`: the object concerned and the causes.
@@ -69,6 +71,7 @@ impl Status {
             details: None,
             continue_token: None,
             retry_after_seconds: None,
+            warnings: Vec::new(),
         }
     }
 

@@ -185,6 +185,15 @@ pub fn prepare_update(kind: &Kind, new: &mut Value, old: &Value, subresource: Op
             keep_fields(new, old, &["spec", "status"]);
             meta::put(new, &["spec", "finalizers"], finalizers);
         }
+        Some("ephemeralcontainers") => {
+            let mut whole = old.clone();
+            let path = ["spec", "ephemeralContainers"];
+            meta::put(&mut whole, &path, meta::get(new, &path).clone());
+            for path in [["metadata", "resourceVersion"], ["metadata", "managedFields"]] {
+                meta::put(&mut whole, &path, meta::get(new, &path).clone());
+            }
+            *new = whole;
+        }
         // The other subresources hand a whole object over that they have changed themselves.
         Some(_) | None => {
             if kind.has_status() {

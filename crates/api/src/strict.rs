@@ -93,7 +93,11 @@ pub fn decode(ty: &DocumentType, format: Format, body: &[u8], validation: FieldV
             (parsed.node, complaint.into_iter().collect())
         }
     };
-    check_type_meta(ty, &node, body)?;
+    check_type_meta(ty, &node, body).map_err(|status| match validation {
+        FieldValidation::Ignore => status,
+        _ if format == Format::Protobuf => status,
+        _ => removed_version(ty, &node, validation, status),
+    })?;
     let fitted = fit(ty, node, Style::Json);
     if let Some(error) = fitted.error {
         return Err(not_handled(ty, &error));
@@ -233,6 +237,47 @@ fn check_type_meta(ty: &DocumentType, node: &Node, body: &[u8]) -> Result<(), St
         )));
     }
     Ok(())
+}
+
+/// An Ingress of a version that is no longer served is still decoded in that version's form before it is refused, so
+/// fields that came later are complained about, as the reference implementation does.
+fn removed_version(ty: &DocumentType, node: &Node, validation: FieldValidation, mut status: Status) -> Status {
+    let api_version = match node.get("apiVersion") {
+        Some(Node::String(text)) if matches!(text.as_str(), "extensions/v1beta1" | "networking.k8s.io/v1beta1") => text,
+        _ => return status,
+    };
+    let ingress = matches!(node.get("kind"), Some(Node::String(kind)) if kind == "Ingress");
+    if !ingress || ty.kind() != "Ingress" {
+        return status;
+    }
+    fn items<'a>(node: Option<&'a Node>, key: &str) -> &'a [Node] {
+        match node.and_then(|node| node.get(key)) {
+            Some(Node::Array(items)) => items,
+            _ => &[],
+        }
+    }
+    let spec = node.get("spec");
+    let mut complaints = Vec::new();
+    if spec.is_some_and(|spec| spec.get("defaultBackend").is_some()) {
+        complaints.push("unknown field \"spec.defaultBackend\"".to_owned());
+    }
+    for (r, rule) in items(spec, "rules").iter().enumerate() {
+        for (p, path) in items(rule.get("http"), "paths").iter().enumerate() {
+            if path.get("backend").is_some_and(|backend| backend.get("service").is_some()) {
+                complaints.push(format!("unknown field \"spec.rules[{r}].http.paths[{p}].backend.service\""));
+            }
+        }
+    }
+    if validation == FieldValidation::Strict && !complaints.is_empty() {
+        let version = api_version.rsplit('/').next().unwrap_or_default();
+        return Status::bad_request(format!(
+            "Ingress in version {} cannot be handled as a Ingress: strict decoding error: {}",
+            go_quote(version),
+            complaints.join(", ")
+        ));
+    }
+    status.warnings = complaints;
+    status
 }
 
 /// DeleteOptions and its like may carry any group's version.

@@ -51,7 +51,7 @@ pub fn validate_update(kind: &Kind, new: &Value, old: &Value, subresource: Optio
         ("networking.k8s.io", "Ingress", Some("status")) => ingress::status(&mut faults, new, old),
         ("", "Pod", Some("status")) => pod::status(&mut faults, new),
         (_, _, Some("status" | "finalize")) => {}
-        ("", "Pod", Some("ephemeralcontainers" | "resize")) => pod::spec(&mut faults, new),
+        ("", "Pod", Some("ephemeralcontainers")) => pod::ephemeral_containers(&mut faults, new, old),
         ("", "Pod", _) => pod::update(&mut faults, new, old),
         ("", "Service", _) => service::update(&mut faults, new, old),
         _ => {

@@ -47,6 +47,13 @@ pub fn from_storage(kind: &Kind, value: Value) -> Value {
 /// Keeps fields in step that say one thing twice: the first of several addresses and the list of them. The single field
 /// wins, because older clients know only that one (core/v1 conversion of PodStatus and NodeSpec).
 pub fn synchronize(kind: &Kind, value: &mut Value) {
+    if kind.is("networking.k8s.io", "Ingress") && !meta::get(value, &["spec", "defaultBackend"]).is_null() {
+        // Decoding keeps an empty list for the sake of an error that cannot come now.
+        if meta::get(value, &["spec", "rules"]).as_array().is_some_and(Vec::is_empty) {
+            meta::remove(value, &["spec", "rules"]);
+        }
+        return;
+    }
     let (parent, single, list, wrapped) = if kind.is("", "Pod") {
         ("status", "podIP", "podIPs", true)
     } else if kind.is("", "Node") {

@@ -53,6 +53,7 @@ pub fn failure(status: &Status) -> Response<Body> {
     if let Some(seconds) = status.retry_after_seconds {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
     }
+    crate::headers::add_warnings(response.headers_mut(), &status.warnings);
     response
 }
 

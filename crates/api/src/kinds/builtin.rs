@@ -195,6 +195,7 @@ pub(super) fn kinds() -> impl Iterator<Item = Kind> {
             .sub("attach", "PodAttachOptions", "create get")
             .sub("binding", "Binding", CREATE)
             .sub_of("eviction", "policy/v1", "Eviction", CREATE)
+            .sub("ephemeralcontainers", "Pod", STATUS)
             .sub("exec", "PodExecOptions", "create get")
             .sub("log", "Pod", "get")
             .sub("portforward", "PodPortForwardOptions", "create get")

@@ -272,8 +272,13 @@ impl<'t> Walk<'t> {
             let value = self.at_key(&name, |walk| walk.value(&field.ty, node));
             self.fields.pop();
             match value {
-                // An empty list of managedFields means something: it ends the tracking of an object.
-                Some(value) if name == "managedFields" || !(field.omit_empty && is_empty(&field.ty, &value)) => {
+                // An empty list of managedFields means something: it ends the tracking of an object. One of an
+                // Ingress's rules is shown by the error about it.
+                Some(value)
+                    if name == "managedFields"
+                        || (name == "rules" && structure.short_name() == "IngressSpec")
+                        || !(field.omit_empty && is_empty(&field.ty, &value)) =>
+                {
                     // Stored objects do not tell an empty list from none; a list that is always written is then null.
                     let lost = !field.omit_empty && matches!(field.ty, Type::List { .. } | Type::Map(_));
                     let value = if lost && is_empty(&field.ty, &value) { Value::Null } else { value };

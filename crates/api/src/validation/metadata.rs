@@ -51,10 +51,14 @@ fn name_faults(rule: NameRule, name: &str) -> Vec<String> {
 
 fn common(faults: &mut Faults, kind: &Kind, new: &Value) {
     let metadata = meta::get(new, &["metadata"]);
+    labels_and_owners(faults, metadata);
+    finalizers(faults, kind, meta::list(metadata, &["finalizers"]));
+}
+
+fn labels_and_owners(faults: &mut Faults, metadata: &Value) {
     faults.labels("metadata.labels", meta::get(metadata, &["labels"]));
     annotations(faults, "metadata.annotations", meta::get(metadata, &["annotations"]));
     owner_references(faults, meta::list(metadata, &["ownerReferences"]));
-    finalizers(faults, kind, meta::list(metadata, &["finalizers"]));
 }
 
 /// Annotation keys are label keys of any case; values are free.
@@ -161,4 +165,15 @@ pub(super) fn update(faults: &mut Faults, kind: &Kind, new: &Value, old: &Value)
         }
     }
     common(faults, kind, new);
+    // Each of the levels at which the reference implementation checks an update reports for itself.
+    for _ in 1..levels(kind) {
+        labels_and_owners(faults, meta::get(new, &["metadata"]));
+    }
+}
+
+/// How many times metadata is checked on an update: twice for every kind, once by the kind's rules of change, and once
+/// more where these apply the rules of creation as well.
+fn levels(kind: &Kind) -> usize {
+    let whole = ["ConfigMap", "Secret", "Service", "Endpoints", "Pod", "Namespace", "ServiceAccount"];
+    if kind.group.is_empty() && whole.contains(&kind.kind.as_str()) { 4 } else { 3 }
 }

@@ -69,6 +69,31 @@ pub(super) fn spec(faults: &mut Faults, new: &Value) {
     pod_spec(faults, "spec", meta::get(new, &["spec"]));
 }
 
+/// Rules of a write to `/ephemeralcontainers`: they may be added, not changed or removed.
+pub(super) fn ephemeral_containers(faults: &mut Faults, new: &Value, old: &Value) {
+    spec(faults, new);
+    if meta::annotation(old, "kubernetes.io/config.mirror").is_some() {
+        faults.list.clear();
+        faults.forbidden("", "static pods do not support ephemeral containers");
+        return;
+    }
+    let field = "spec.ephemeralContainers";
+    let path = ["spec", "ephemeralContainers"];
+    for before in meta::list(old, &path) {
+        let name = meta::text(before, &["name"]);
+        let quoted = crate::status::quoted(name);
+        match meta::list(new, &path).iter().find(|now| meta::text(now, &["name"]) == name) {
+            None => faults.forbidden(field, format!("existing ephemeral containers {quoted} may not be removed\n")),
+            Some(now) if !same(now, before) => {
+                let diff = pod_text::ephemeral_diff(before, now);
+                let text = format!("existing ephemeral containers {quoted} may not be changed\n{diff}");
+                faults.forbidden(field, text);
+            }
+            Some(_) => {}
+        }
+    }
+}
+
 /// Rules of the status a node agent reports.
 pub(super) fn status(faults: &mut Faults, new: &Value) {
     let node = meta::text(new, &["status", "nominatedNodeName"]);
@@ -186,6 +211,18 @@ pub(super) fn pod_spec(faults: &mut Faults, field: &str, spec: &Value) {
             let name = meta::text(container, &["name"]);
             if !name.is_empty() && !names.insert(name) {
                 faults.add(FieldError::duplicate(format!("{field}.name"), name));
+            }
+        }
+        if kind == Role::Ephemeral {
+            for (i, container) in meta::list(spec, &[list]).iter().enumerate() {
+                let target = meta::text(container, &["targetContainerName"]);
+                let known = ["containers", "initContainers"]
+                    .iter()
+                    .any(|list| meta::list(spec, &[list]).iter().any(|c| meta::text(c, &["name"]) == target));
+                if !target.is_empty() && !known {
+                    let field = format!("{}[{i}].targetContainerName", at(list));
+                    faults.add(FieldError::not_found(field, target));
+                }
             }
         }
         if kind == Role::Main {
@@ -591,9 +628,19 @@ fn container(
             return;
         }
         Role::Ephemeral => {
-            for part in ["ports", "lifecycle", "livenessProbe", "readinessProbe", "startupProbe"] {
+            for part in
+                ["ports", "resources", "resizePolicy", "livenessProbe", "readinessProbe", "startupProbe", "lifecycle"]
+            {
                 if !same(meta::get(container, &[part]), &Value::Null) {
                     faults.forbidden(at(part), "cannot be set for an Ephemeral Container");
+                }
+            }
+            for (i, mount) in meta::list(container, &["volumeMounts"]).iter().enumerate() {
+                for part in ["subPath", "subPathExpr"] {
+                    if !meta::text(mount, &[part]).is_empty() {
+                        let field = format!("{}[{i}].{part}", at("volumeMounts"));
+                        faults.forbidden(field, "cannot be set for an Ephemeral Container");
+                    }
                 }
             }
             return;

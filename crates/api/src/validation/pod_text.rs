@@ -165,6 +165,19 @@ pub(super) fn diff(old: &Value, new: &Value) -> String {
     unified(&lines(old), &lines(new))
 }
 
+/// The difference of two ephemeral containers.
+pub(super) fn ephemeral_diff(old: &Value, new: &Value) -> String {
+    let lines = |container: &Value| {
+        let mut out = Vec::new();
+        structure(&mut out, 0, "", container, EPHEMERAL);
+        if let Some(last) = out.last_mut() {
+            last.truncate(last.trim_end_matches(',').len());
+        }
+        out
+    };
+    unified(&lines(old), &lines(new))
+}
+
 fn lines(spec: &Value) -> Vec<String> {
     let mut spec = spec.clone();
     // The host's namespaces belong to the security context there.

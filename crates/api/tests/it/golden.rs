@@ -8,7 +8,6 @@ use crate::server::Server;
 
 /// Cases that this pipeline does not answer as recorded, with the reason.
 const NOT_HERE: &[(&str, &str)] = &[
-    ("ingress-validation-empty", "an empty list is printed as null, because decoding drops it"),
     ("api-errors-ownerrefs", "repeated owner references are taken out before this pipeline"),
     ("api-status-pod-patch", "podIP and podIPs are brought in step before this pipeline"),
     ("api-status-pod-ips", "as api-status-pod-patch"),

@@ -1,4 +1,4 @@
-//! Subresources: status, scale, binding, eviction, token, finalize, and those that are streams.
+//! Subresources: status, ephemeralcontainers, scale, binding, eviction, token, finalize, and those that are streams.
 
 use std::sync::Arc;
 
@@ -26,6 +26,9 @@ pub async fn run(call: Call, subresource: &str) -> Result<Response<Body>, Status
         ("status", "get") => read::get(&call),
         ("status", "update") => write::update(&call, Some("status")).await,
         ("status", "patch") => write::patch(&call, Some("status")).await,
+        ("ephemeralcontainers", "get") => read::get(&call),
+        ("ephemeralcontainers", "update") => write::update(&call, Some("ephemeralcontainers")).await,
+        ("ephemeralcontainers", "patch") => write::patch(&call, Some("ephemeralcontainers")).await,
         ("scale", _) => scale(&call).await,
         ("binding", "create") => binding(&call).await,
         ("eviction", "create") => eviction(&call).await,
