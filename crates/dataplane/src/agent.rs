@@ -1,14 +1,17 @@
 //! Feeds a [`ServiceProxy`] from a cluster: watches, node changes, health checks, events, metrics, drift.
 
-use std::net::IpAddr;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::TryStreamExt;
+use http::{Response, StatusCode};
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{Node, ObjectReference, Service};
+use k8s_openapi::api::core::v1::{Node, ObjectReference, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
+use k8s_openapi::jiff::Timestamp;
 use kube::api::Api;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Resource, ResourceExt};
@@ -16,12 +19,14 @@ use portolan_client::{EventRecorder, EventType};
 use portolan_linux::{Netns, set_sysctl};
 use portolan_observe::{Observer, ReadyGate};
 use portolan_plan::finding::Severity;
-use portolan_plan::world::{IpFamily, LocalDetection, NodeView, ObjectKey, parse_ip, parse_net};
+use portolan_plan::world::{HostPortPod, LocalDetection, NodeView, ObjectKey, parse_ip, parse_net};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::addresses::{self, NodePortAddresses};
 use crate::applier::{self, Applied, Mailbox, Relist};
-use crate::health::HealthServers;
+use crate::health::{self, HealthServers, ProxyHealth};
+use crate::loopback::{self, Relays};
 use crate::metrics::Metrics;
 use crate::monitor;
 use crate::proxy::ServiceProxy;
@@ -42,6 +47,14 @@ pub struct AgentConfig {
     pub cluster_cidrs: Vec<IpNet>,
     /// Masquerade everything sent to cluster IPs.
     pub masquerade_all: bool,
+    /// Addresses that carry node ports.
+    pub node_port_addresses: NodePortAddresses,
+    /// Whether node ports are on loopback addresses too, see [`crate::loopback`].
+    pub localhost_node_ports: bool,
+    /// Where `/healthz` and `/livez` of the proxy are served, within the namespace.
+    pub healthz_address: Option<SocketAddr>,
+    /// Where `/metrics`, `/proxyMode` and `/configz` are served, within the namespace.
+    pub metrics_address: Option<SocketAddr>,
     /// Metrics to count into, when several agents run in one process; `None` registers new ones.
     pub metrics: Option<Metrics>,
 }
@@ -55,25 +68,27 @@ impl AgentConfig {
             local_interface_prefix: local_interface_prefix.into(),
             cluster_cidrs: Vec::new(),
             masquerade_all: false,
+            node_port_addresses: NodePortAddresses::default(),
+            localhost_node_ports: false,
+            healthz_address: Some(SocketAddr::from(([0, 0, 0, 0], 10256))),
+            metrics_address: Some(SocketAddr::from(([127, 0, 0, 1], 10249))),
             metrics: None,
         }
     }
 
-    fn view(&self, node: Option<&Node>) -> NodeView {
+    fn view(&self, node: Option<&Node>, local: &[IpAddr]) -> NodeView {
         let addresses = node.and_then(|n| n.status.as_ref()).and_then(|s| s.addresses.as_ref());
-        let mut node_port_addresses: Vec<IpAddr> = Vec::new();
-        for address in addresses.into_iter().flatten().filter(|a| a.type_ == "InternalIP") {
-            // The first of each family: what kube-proxy's nftables mode calls `primary`.
-            if let Some(ip) = parse_ip(&address.address)
-                && node_port_addresses.iter().all(|known| IpFamily::of(known) != IpFamily::of(&ip))
-            {
-                node_port_addresses.push(ip);
-            }
-        }
+        let internal: Vec<IpAddr> = addresses
+            .into_iter()
+            .flatten()
+            .filter(|a| a.type_ == "InternalIP")
+            .filter_map(|a| parse_ip(&a.address))
+            .collect();
         NodeView {
             name: self.node_name.clone(),
             zone: node.and_then(|n| n.labels().get("topology.kubernetes.io/zone").cloned()),
-            node_port_addresses,
+            node_port_addresses: self.node_port_addresses.select(&internal, local),
+            local_addresses: local.to_vec(),
             local_detection: if !self.local_interface_prefix.is_empty() {
                 LocalDetection::InterfacePrefix(self.local_interface_prefix.clone())
             } else if !self.cluster_cidrs.is_empty() {
@@ -135,17 +150,36 @@ async fn follow_cluster(
     let metrics = config.metrics.clone().unwrap_or_else(|| observer.register(Metrics::register));
     let kernel = |source| Error::Kernel { node: node_name.clone(), source };
 
-    let proxy = ServiceProxy::new(&config.netns, config.view(None)).map_err(kernel)?;
+    let proxy = ServiceProxy::new(&config.netns, config.view(None, &[])).map_err(kernel)?;
     let own = proxy.port_id();
     set_sysctls(&config.netns);
     let mailbox = Mailbox::default();
     let recorder = EventRecorder::new(client.clone(), "kube-proxy", Some(node_name.clone()));
-    let mut health = HealthServers::new(config.netns.clone(), tokio::runtime::Handle::current());
+    let runtime = tokio::runtime::Handle::current();
+    let mut health = HealthServers::new(config.netns.clone(), runtime.clone());
+    let mut relays = Relays::new(config.netns.clone(), runtime);
+    let localhost_node_ports = config.localhost_node_ports;
+    let proxy_health = ProxyHealth::default();
+    proxy.report_flows({
+        let metrics = metrics.clone();
+        move |look| metrics.looked(look)
+    });
+    recorder.event(&node_reference(&node_name), EventType::Normal, "Starting", "");
+    let servers = Servers {
+        observer: observer.clone(),
+        health: proxy_health.clone(),
+        metrics: metrics.clone(),
+        mailbox: mailbox.clone(),
+        recorder: recorder.clone(),
+        config: config.clone(),
+        shutdown: shutdown.clone(),
+    };
 
     let (done, applier_done) = tokio::sync::oneshot::channel::<()>();
     let thread = {
         let mailbox = mailbox.clone();
         let node_name = node_name.clone();
+        let proxy_health = proxy_health.clone();
         std::thread::Builder::new()
             .name(format!("proxy-{node_name}"))
             .spawn(move || {
@@ -153,6 +187,12 @@ async fn follow_cluster(
                 let mut was_ready = false;
                 applier::run(proxy, &mailbox, |applied| {
                     metrics.applied(&applied);
+                    for family in &applied.report.families {
+                        proxy_health.synced(family.family, family.error.is_none(), Timestamp::now());
+                    }
+                    if applied.report.loopback_changed {
+                        relays.set(&loopback::wanted(applied.proxy.map(), localhost_node_ports));
+                    }
                     let ok = applied.report.is_ok();
                     health.set_healthy(ok);
                     if applied.report.health_checks_changed {
@@ -184,7 +224,14 @@ async fn follow_cluster(
 
     let services = watch_services(client.clone(), mailbox.clone());
     let slices = watch_slices(client.clone(), mailbox.clone());
-    let nodes = watch_node(client.clone(), mailbox.clone(), config.clone());
+    let sight = NodeSight::new(config.clone(), mailbox.clone());
+    addresses::watch(&config.netns, shutdown.child_token(), {
+        let sight = sight.clone();
+        move |local| sight.addresses(local)
+    })
+    .map_err(|source| Error::Kernel { node: config.node_name.clone(), source })?;
+    let nodes = watch_node(client.clone(), mailbox.clone(), sight, proxy_health);
+    let pods = watch_pods(client.clone(), mailbox.clone(), config.node_name.clone());
     let cidrs = watch_service_cidrs(client, mailbox.clone());
     let periodic = {
         let mailbox = mailbox.clone();
@@ -198,7 +245,9 @@ async fn follow_cluster(
     let ended_early = tokio::select! {
         () = shutdown.cancelled() => false,
         _ = applier_done => true,
-        () = async { tokio::join!(services, slices, nodes, cidrs, periodic); } => false,
+        () = async {
+            tokio::join!(services, slices, nodes, pods, cidrs, periodic, servers.healthz(), servers.metrics());
+        } => false,
     };
     mailbox.close();
     drop(monitor);
@@ -242,6 +291,148 @@ fn report(applied: &Applied<'_>, recorder: &EventRecorder) {
     }
 }
 
+fn node_reference(name: &str) -> ObjectReference {
+    ObjectReference {
+        api_version: Some("v1".into()),
+        kind: Some("Node".into()),
+        name: Some(name.to_owned()),
+        // As kubelet and kube-proxy write it: events about a Node are found by this.
+        uid: Some(name.to_owned()),
+        ..ObjectReference::default()
+    }
+}
+
+/// The proxy's own HTTP servers.
+struct Servers {
+    observer: Observer,
+    health: ProxyHealth,
+    metrics: Metrics,
+    mailbox: Mailbox,
+    recorder: EventRecorder,
+    config: AgentConfig,
+    shutdown: CancellationToken,
+}
+
+/// A port that is taken is tried again after this, as kube-proxy does.
+const BIND_AGAIN: Duration = Duration::from_secs(5);
+
+impl Servers {
+    async fn listen(&self, address: SocketAddr, reason: &str, what: &str) -> Option<std::net::TcpListener> {
+        let mut told = false;
+        loop {
+            let bound = self.config.netns.run(|| std::net::TcpListener::bind(address)).and_then(|bound| bound);
+            match bound {
+                Ok(listener) => return Some(listener),
+                Err(error) if !told => {
+                    told = true;
+                    warn!(%address, %error, what, "cannot listen; trying again");
+                    let message = format!("failed to start {what} on {address}: {error}");
+                    self.recorder.event(&node_reference(&self.config.node_name), EventType::Warning, reason, message);
+                }
+                Err(_) => {}
+            }
+            tokio::select! {
+                () = self.shutdown.cancelled() => return None,
+                () = tokio::time::sleep(BIND_AGAIN) => {}
+            }
+        }
+    }
+
+    async fn healthz(&self) {
+        let Some(address) = self.config.healthz_address else { return std::future::pending().await };
+        let Some(listener) = self.listen(address, "FailedToStartProxierHealthcheck", "proxier healthz").await else {
+            return;
+        };
+        let (health, mailbox, metrics) = (self.health.clone(), self.mailbox.clone(), self.metrics.clone());
+        let answer = move |request: &http::Request<hyper::body::Incoming>| {
+            let live = match request.uri().path() {
+                "/healthz" => false,
+                "/livez" => true,
+                _ => return text(StatusCode::NOT_FOUND, "404 page not found\n".into()),
+            };
+            let (status, body) = health.answer(live, mailbox.waiting(), Timestamp::now());
+            metrics.health_checked(live, status.as_u16());
+            let mut response = text(status, body);
+            let json = http::HeaderValue::from_static("application/json");
+            response.headers_mut().insert(http::header::CONTENT_TYPE, json);
+            response
+        };
+        if let Err(error) = health::serve_http(listener, answer, self.shutdown.clone()).await {
+            warn!(%error, "proxy health server ended");
+        }
+    }
+
+    async fn metrics(&self) {
+        let Some(address) = self.config.metrics_address else { return std::future::pending().await };
+        let Some(listener) = self.listen(address, "FailedToStartMetricServer", "metrics server").await else {
+            return;
+        };
+        let observer = self.observer.clone();
+        let configuration = serde_json::json!({"kubeproxy.config.k8s.io": {
+            "mode": "nftables",
+            "hostnameOverride": self.config.node_name,
+            "healthzBindAddress": self.config.healthz_address,
+            "metricsBindAddress": address,
+            "clusterCIDR": self.config.cluster_cidrs,
+            "detectLocal": {"interfaceNamePrefix": self.config.local_interface_prefix},
+            "nftables": {"masqueradeAll": self.config.masquerade_all},
+        }})
+        .to_string();
+        let answer = move |request: &http::Request<hyper::body::Incoming>| match request.uri().path() {
+            "/proxyMode" => text(StatusCode::OK, "nftables".into()),
+            "/configz" => text(StatusCode::OK, configuration.clone()),
+            _ => portolan_observe::answer(&observer, request),
+        };
+        if let Err(error) = health::serve_http(listener, answer, self.shutdown.clone()).await {
+            warn!(%error, "metrics server ended");
+        }
+    }
+}
+
+fn text(status: StatusCode, body: String) -> Response<http_body_util::Full<bytes::Bytes>> {
+    let mut response = Response::new(http_body_util::Full::new(body.into()));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("text/plain; charset=utf-8"));
+    headers.insert(http::header::X_CONTENT_TYPE_OPTIONS, http::HeaderValue::from_static("nosniff"));
+    response
+}
+
+/// Puts together what the Node object and the kernel say about the node.
+#[derive(Clone)]
+struct NodeSight(Arc<Sight>);
+
+struct Sight {
+    config: AgentConfig,
+    mailbox: Mailbox,
+    seen: Mutex<(Option<Node>, Vec<IpAddr>, Option<NodeView>)>,
+}
+
+impl NodeSight {
+    fn new(config: AgentConfig, mailbox: Mailbox) -> NodeSight {
+        NodeSight(Arc::new(Sight { config, mailbox, seen: Mutex::default() }))
+    }
+
+    fn node(&self, node: Node) {
+        self.tell(|seen| seen.0 = Some(node));
+    }
+
+    fn addresses(&self, local: Vec<IpAddr>) {
+        self.tell(|seen| seen.1 = local);
+    }
+
+    fn tell(&self, edit: impl FnOnce(&mut (Option<Node>, Vec<IpAddr>, Option<NodeView>))) {
+        let mut seen = self.0.seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        edit(&mut seen);
+        let view = self.0.config.view(seen.0.as_ref(), &seen.1);
+        if seen.2.as_ref() != Some(&view) {
+            info!(node = view.name, zone = view.zone, addresses = ?view.node_port_addresses, "node known");
+            self.0.mailbox.node(view.clone());
+            seen.2 = Some(view);
+        }
+    }
+}
+
 fn service_reference(key: &ObjectKey) -> ObjectReference {
     ObjectReference {
         api_version: Some("v1".into()),
@@ -262,6 +453,7 @@ async fn follow<K>(
     config: watcher::Config,
     mut each: impl FnMut(ObjectKey, Option<K>),
     mut listed: impl FnMut(),
+    mut failed: impl FnMut(&watcher::Error),
 ) where
     K: Resource + Clone + std::fmt::Debug + serde::de::DeserializeOwned + Send + 'static,
     K::DynamicType: Default,
@@ -290,6 +482,7 @@ async fn follow<K>(
             Ok(None) => return,
             Err(error) => {
                 warn!(kind = %K::kind(&K::DynamicType::default()), %error, "watch interrupted");
+                failed(&error);
             }
         }
     }
@@ -305,6 +498,7 @@ async fn watch_services(client: kube::Client, mailbox: Mailbox) {
         config,
         |key, service| changes.service(key, service.map(Arc::new)),
         || mailbox.services_listed(),
+        |_| {},
     )
     .await;
 }
@@ -317,27 +511,64 @@ async fn watch_slices(client: kube::Client, mailbox: Mailbox) {
         config,
         |key, slice| changes.slice(key, slice.map(Arc::new)),
         || mailbox.slices_listed(),
+        |_| {},
     )
     .await;
 }
 
-async fn watch_node(client: kube::Client, mailbox: Mailbox, config: AgentConfig) {
-    let fields = watcher::Config::default().fields(&format!("metadata.name={}", config.node_name));
-    let mut last = None;
+async fn watch_node(client: kube::Client, mailbox: Mailbox, sight: NodeSight, health: ProxyHealth) {
+    let fields = watcher::Config::default().fields(&format!("metadata.name={}", sight.0.config.node_name));
+    let there = AtomicBool::new(false);
     follow::<Node>(
         Api::all(client),
         fields,
         |_, node| {
+            there.store(node.is_some(), Ordering::Relaxed);
+            health.node(node.as_ref());
             // A Node that is gone for a moment leaves the last known addresses in force.
-            let Some(node) = node else { return };
-            let view = config.view(Some(&node));
-            if last.as_ref() != Some(&view) {
-                info!(node = view.name, zone = view.zone, addresses = ?view.node_port_addresses, "node known");
-                mailbox.node(view.clone());
-                last = Some(view);
+            if let Some(node) = node {
+                sight.node(node);
             }
         },
-        || mailbox.node_listed(),
+        || {
+            if !there.load(Ordering::Relaxed) {
+                health.node(None);
+            }
+            mailbox.node_listed();
+        },
+        |_| {},
+    )
+    .await;
+}
+
+async fn watch_pods(client: kube::Client, mailbox: Mailbox, node_name: String) {
+    let config = watcher::Config::default().fields(&format!("spec.nodeName={node_name}"));
+    let changes = mailbox.clone();
+    // Few pods have host ports; the others change all the time and are nobody's business here.
+    let mut known = std::collections::BTreeSet::new();
+    follow::<Pod>(
+        Api::all(client),
+        config,
+        |key, pod| match pod.filter(|p| HostPortPod::parse(p).is_some()) {
+            Some(pod) => {
+                known.insert(key.clone());
+                changes.pod(key, Some(Arc::new(pod)));
+            }
+            None => {
+                if known.remove(&key) {
+                    changes.pod(key, None);
+                }
+            }
+        },
+        || mailbox.pods_listed(),
+        |error| {
+            // Roles made for kube-proxy do not allow to see pods; then there are no host ports, and all else works.
+            if let watcher::Error::InitialListFailed(kube::Error::Api(status)) = error
+                && status.code == 403
+            {
+                mailbox.pods_listed();
+            }
+        },
     )
     .await;
 }
@@ -351,6 +582,7 @@ async fn watch_service_cidrs(client: kube::Client, mailbox: Mailbox) {
             mailbox.service_cidr(key.name, texts.iter().filter_map(|t| parse_net(t)).collect());
         },
         || {},
+        |_| {},
     )
     .await;
 }

@@ -1,14 +1,14 @@
 //! The applier: one plain thread that owns the [`ServiceProxy`] and takes changes from a latest-wins mailbox.
 //!
 //! Watches put objects into the mailbox; while the applier is busy, newer states of an object replace older ones, so a burst
-//! costs one sync. Nothing is programmed before Services, EndpointSlices and the own Node have been listed.
+//! costs one sync. Nothing is programmed before Services, EndpointSlices, the own Node and its pods have been listed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::jiff::Timestamp;
 use portolan_plan::world::{NodeView, ObjectKey};
@@ -26,10 +26,12 @@ struct Pending {
     services: BTreeMap<ObjectKey, Option<Arc<Service>>>,
     slices: BTreeMap<ObjectKey, Option<Arc<EndpointSlice>>>,
     service_cidrs: BTreeMap<String, Vec<IpNet>>,
+    pods: BTreeMap<ObjectKey, Option<Arc<Pod>>>,
     node: Option<NodeView>,
     services_listed: bool,
     slices_listed: bool,
     node_listed: bool,
+    pods_listed: bool,
     resync: bool,
     interfered: bool,
     closed: bool,
@@ -105,6 +107,18 @@ impl Mailbox {
         self.edit(true, |p| p.node_listed = true);
     }
 
+    /// A pod of the node with host ports as it is now; `None` when it is gone.
+    pub fn pod(&self, key: ObjectKey, pod: Option<Arc<Pod>>) {
+        self.edit(true, |p| {
+            p.pods.insert(key, pod);
+        });
+    }
+
+    /// The node's pods have been delivered once. Without them a restart would close host ports.
+    pub fn pods_listed(&self) {
+        self.edit(true, |p| p.pods_listed = true);
+    }
+
     /// Reads the kernel back and compares, whatever is pending.
     pub fn resync(&self) {
         self.edit(false, |p| p.resync = true);
@@ -132,11 +146,16 @@ impl Mailbox {
             if pending.closed {
                 return None;
             }
-            let listed = pending.services_listed && pending.slices_listed && pending.node_listed;
+            let listed = pending.services_listed && pending.slices_listed && pending.node_listed && pending.pods_listed;
             let due = deadline.is_some_and(|d| Instant::now() >= d);
             if listed && (pending.has_work() || due) {
-                let fresh =
-                    Pending { services_listed: true, slices_listed: true, node_listed: true, ..Pending::default() };
+                let fresh = Pending {
+                    services_listed: true,
+                    slices_listed: true,
+                    node_listed: true,
+                    pods_listed: true,
+                    ..Pending::default()
+                };
                 return Some(std::mem::replace(&mut *pending, fresh));
             }
             pending = match deadline.filter(|_| listed) {
@@ -190,6 +209,9 @@ pub fn run(mut proxy: ServiceProxy, mailbox: &Mailbox, mut after: impl FnMut(App
         }
         for (key, slice) in pending.slices {
             proxy.change(slice.map_or(Change::SliceGone(key), Change::Slice));
+        }
+        for (key, pod) in pending.pods {
+            proxy.change(pod.map_or(Change::PodGone(key), Change::Pod));
         }
         let healed = pending.interfered && !first;
         if pending.resync || healed {

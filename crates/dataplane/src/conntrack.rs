@@ -3,14 +3,19 @@
 //! The rules decide about a flow's first packet only, so a client that keeps its port would stay with an endpoint that is
 //! gone. What has to go is decided from the current map alone (services.md 3.6), so that missed events and restarts heal.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::IpAddr;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use portolan_linux::Netns;
 use portolan_nft::netlink::socket::Socket;
+use portolan_plan::endpoint::Backend;
 use portolan_plan::service::{Frontend, FrontendAddr, ServiceMap};
 use portolan_plan::world::{IpFamily, L4};
+use tracing::{debug, warn};
 
 /// A tracked UDP flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -29,29 +34,229 @@ pub struct Flow {
     pub reply_source_port: u16,
 }
 
-/// Which flows have to go: those to a UDP frontend whose answers come from anything but an endpoint that is ready or serving,
-/// and translated ones to a frontend that is no more (`removed`).
-pub fn stale(map: &ServiceMap, removed: &BTreeSet<Frontend>, flows: &[Flow]) -> Vec<Flow> {
-    let is_stale = |flow: &&Flow| {
+/// What UDP flows are held to: the UDP frontends of a [`ServiceMap`], and those that went away lately. The proxy keeps it up to
+/// date with work that follows the change; the [`FlowCleaner`] reads it on another thread.
+#[derive(Debug, Default)]
+pub struct UdpView {
+    serving: HashMap<Frontend, Arc<[Backend]>>,
+    /// With the number of the look that has to find their flows.
+    removed: HashMap<Frontend, u64>,
+    node_port_addresses: BTreeSet<IpAddr>,
+    local_addresses: BTreeSet<IpAddr>,
+}
+
+impl UdpView {
+    /// Takes over what `map` says about some frontends; `look` is the number of the next look.
+    pub fn update(&mut self, map: &ServiceMap, frontends: impl IntoIterator<Item = Frontend>, look: u64) {
+        for frontend in frontends.into_iter().filter(|f| f.protocol == L4::Udp) {
+            let service = map.frontends.get(&frontend).and_then(|t| map.services.get(&t.service));
+            match service {
+                Some(service) => {
+                    self.removed.remove(&frontend);
+                    self.serving.insert(frontend, service.serving.clone());
+                }
+                None => {
+                    if self.serving.remove(&frontend).is_some() {
+                        self.removed.insert(frontend, look);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes over the node's addresses.
+    pub fn set_addresses(&mut self, map: &ServiceMap) {
+        self.node_port_addresses.clone_from(&map.node_port_addresses);
+        self.local_addresses.clone_from(&map.local_addresses);
+    }
+
+    /// Whether a flow has to go: one to a UDP frontend whose answers come from anything but an endpoint that is ready or
+    /// serving, and a translated one to a frontend that is no more.
+    pub fn is_stale(&self, flow: &Flow) -> bool {
         let Ok(port) = flow.destination_port.try_into() else { return false };
+        let family = IpFamily::of(&flow.destination);
         let exact = Frontend { addr: FrontendAddr::Address(flow.destination), protocol: L4::Udp, port };
-        let node_port = Frontend { addr: FrontendAddr::NodePort(IpFamily::of(&flow.destination)), ..exact };
         // Node ports only on addresses that carry them, or unrelated flows would be cut.
-        let on_node = map.node_port_addresses.contains(&flow.destination);
-        let target = map.frontends.get(&exact).or_else(|| on_node.then(|| map.frontends.get(&node_port)).flatten());
-        match target.and_then(|t| map.services.get(&t.service)) {
-            Some(service) => {
-                !service.serving.iter().any(|b| b.addr == flow.reply_source && b.port.get() == flow.reply_source_port)
+        let node_port = self
+            .node_port_addresses
+            .contains(&flow.destination)
+            .then_some(Frontend { addr: FrontendAddr::NodePort(family), ..exact });
+        let host_port = self
+            .local_addresses
+            .contains(&flow.destination)
+            .then_some(Frontend { addr: FrontendAddr::HostPort(family), ..exact });
+        let candidates = || [Some(exact), node_port, host_port].into_iter().flatten();
+        match candidates().find_map(|f| self.serving.get(&f)) {
+            Some(serving) => {
+                !serving.iter().any(|b| b.addr == flow.reply_source && b.port.get() == flow.reply_source_port)
             }
             None => {
                 let translated =
                     (flow.reply_source, flow.reply_source_port) != (flow.destination, flow.destination_port);
-                translated && (removed.contains(&exact) || on_node && removed.contains(&node_port))
+                translated && candidates().any(|f| self.removed.contains_key(&f))
             }
         }
-    };
-    flows.iter().filter(is_stale).copied().collect()
+    }
 }
+
+/// What a look at the flows came to.
+#[derive(Clone, Copy, Debug)]
+pub struct Look {
+    /// Flows that were removed.
+    pub deleted: usize,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// Looks at the UDP flows on a thread of its own, so that the walk through the kernel's table delays no change of rules.
+#[derive(Debug)]
+pub struct FlowCleaner {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+type Report = Box<dyn Fn(Look) + Send>;
+
+#[derive(Default)]
+struct Shared {
+    view: Mutex<UdpView>,
+    looks: Mutex<Looks>,
+    wake: Condvar,
+    report: Mutex<Option<Report>>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("looks", &self.looks).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Looks {
+    asked: u64,
+    done: u64,
+    closed: bool,
+}
+
+impl FlowCleaner {
+    /// Starts the thread.
+    pub fn start(conntrack: Conntrack) -> io::Result<FlowCleaner> {
+        let shared = Arc::new(Shared::default());
+        let thread = {
+            let shared = shared.clone();
+            std::thread::Builder::new().name("conntrack".into()).spawn(move || shared.run(conntrack))?
+        };
+        Ok(FlowCleaner { shared, thread: Some(thread) })
+    }
+
+    /// Calls `report` after each look, on the cleaner's thread.
+    pub fn report_to(&self, report: impl Fn(Look) + Send + 'static) {
+        *lock(&self.shared.report) = Some(Box::new(report));
+    }
+
+    /// Changes what flows are held to. Done before the rules change, so that no look removes a flow to an endpoint that the
+    /// rules already use; what a look removes too early is made again, and found by the look after the commit.
+    pub fn update(&self, edit: impl FnOnce(&mut UdpView, u64)) {
+        let next = lock(&self.shared.looks).asked + 1;
+        edit(&mut lock(&self.shared.view), next);
+    }
+
+    /// Asks for a look. Called when the new rules are in force, or the next packet would make the same flow again
+    /// (services.md 3.6).
+    pub fn look(&self) {
+        lock(&self.shared.looks).asked += 1;
+        self.shared.wake.notify_all();
+    }
+
+    /// Waits until every look that was asked for is done; false when that takes longer than `limit`.
+    pub fn settled(&self, limit: Duration) -> bool {
+        let guard = lock(&self.shared.looks);
+        let (looks, _) = self
+            .shared
+            .wake
+            .wait_timeout_while(guard, limit, |looks| looks.done < looks.asked)
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        looks.done >= looks.asked
+    }
+}
+
+impl Drop for FlowCleaner {
+    fn drop(&mut self) {
+        lock(&self.shared.looks).closed = true;
+        self.shared.wake.notify_all();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl Shared {
+    fn run(&self, mut conntrack: Conntrack) {
+        let mut pause = None;
+        loop {
+            let target = {
+                let mut looks = lock(&self.looks);
+                // After a look or a failure, whatever is asked for meanwhile waits and counts as one.
+                if let Some(pause) = pause {
+                    let waited = self.wake.wait_timeout_while(looks, pause, |looks| !looks.closed);
+                    looks = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
+                }
+                let looks = self
+                    .wake
+                    .wait_while(looks, |looks| !looks.closed && looks.done >= looks.asked)
+                    .unwrap_or_else(|poisoned| poisoned.into_inner());
+                if looks.closed {
+                    return;
+                }
+                looks.asked
+            };
+            let start = Instant::now();
+            match self.clean(&mut conntrack) {
+                Ok(deleted) => {
+                    lock(&self.view).removed.retain(|_, look| *look > target);
+                    if let Some(report) = &*lock(&self.report) {
+                        report(Look { deleted, took: start.elapsed() });
+                    }
+                    lock(&self.looks).done = target;
+                    self.wake.notify_all();
+                    // At most a tenth of a core, however large the table is.
+                    pause = Some(start.elapsed() * 9);
+                }
+                Err(error) => {
+                    warn!(%error, "cannot look at UDP flows; trying again");
+                    pause = Some(RETRY);
+                }
+            }
+        }
+    }
+
+    fn clean(&self, conntrack: &mut Conntrack) -> io::Result<usize> {
+        let mut deleted = 0;
+        let flows = conntrack.udp_flows()?;
+        // In pieces, because the proxy waits for the view.
+        for piece in flows.chunks(FLOWS_AT_ONCE) {
+            let stale: Vec<&Flow> = {
+                let view = lock(&self.view);
+                piece.iter().filter(|flow| view.is_stale(flow)).collect()
+            };
+            for flow in stale {
+                conntrack.delete(flow)?;
+                debug!(?flow, "stale UDP flow removed");
+                deleted += 1;
+            }
+        }
+        Ok(deleted)
+    }
+}
+
+/// Flows that are judged under one lock: some tens of microseconds.
+const FLOWS_AT_ONCE: usize = 256;
+/// Pause after a failed look.
+const RETRY: Duration = Duration::from_secs(1);
 
 const NFNL_SUBSYS_CTNETLINK: u16 = 1;
 const IPCTNL_MSG_CT_GET: u16 = 1;

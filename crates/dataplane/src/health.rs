@@ -2,13 +2,15 @@
 //!
 //! One HTTP server per Service on the node-port addresses (services.md 3.9). Only ready endpoints count, so that a balancer
 //! turns away early while traffic still goes to terminating ones.
+//!
+//! Balancers for policy `Cluster` ask the proxy itself, at `/healthz` (KEP-3836); [`ProxyHealth`] is what it answers from.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -17,9 +19,11 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::jiff::Timestamp;
 use portolan_linux::Netns;
 use portolan_plan::service::HealthCheck;
-use portolan_plan::world::ObjectKey;
+use portolan_plan::world::{IpFamily, ObjectKey};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -137,7 +141,7 @@ impl HealthServers {
             };
             let stop = stop.clone();
             self.runtime.spawn(async move {
-                if let Err(error) = serve(listener, answer, stop).await {
+                if let Err(error) = serve_http(listener, move |_| answer.response(), stop).await {
                     warn!(%error, "health-check server ended");
                 }
             });
@@ -176,7 +180,93 @@ impl Answer {
     }
 }
 
-async fn serve(listener: std::net::TcpListener, answer: Answer, stop: CancellationToken) -> io::Result<()> {
+/// A change that waits longer than this means that the proxy is stuck: twice kube-proxy's sync period.
+const STUCK: Duration = Duration::from_secs(60);
+/// The autoscaler taints nodes that it is about to remove.
+const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
+
+/// Whether the proxy of a node works, and whether the node should get traffic. Cloning is cheap.
+#[derive(Clone, Debug, Default)]
+pub struct ProxyHealth(Arc<Mutex<HealthState>>);
+
+#[derive(Debug, Default)]
+struct HealthState {
+    families: BTreeMap<IpFamily, FamilyHealth>,
+    node_ineligible: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct FamilyHealth {
+    last_updated: Option<Timestamp>,
+    failing_since: Option<Instant>,
+}
+
+impl ProxyHealth {
+    fn lock(&self) -> MutexGuard<'_, HealthState> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Notes what a sync came to in one family.
+    pub fn synced(&self, family: IpFamily, ok: bool, now: Timestamp) {
+        let mut state = self.lock();
+        let health = state.families.entry(family).or_default();
+        if ok {
+            *health = FamilyHealth { last_updated: Some(now), failing_since: None };
+        } else {
+            health.failing_since.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Notes the node as it is now; `None` when it is gone.
+    pub fn node(&self, node: Option<&Node>) {
+        let leaving = |node: &Node| {
+            let taints = node.spec.as_ref().and_then(|s| s.taints.as_ref());
+            node.metadata.deletion_timestamp.is_some()
+                || taints.into_iter().flatten().any(|taint| taint.key == LEAVING_TAINT)
+        };
+        self.lock().node_ineligible = node.is_none_or(leaving);
+    }
+
+    /// The answer to `/healthz`, or to `/livez` when `live`: a status code and a JSON body. `waiting` is how long the oldest
+    /// change has waited for a sync to take it up.
+    pub fn answer(&self, live: bool, waiting: Option<Duration>, now: Timestamp) -> (StatusCode, String) {
+        let state = self.lock();
+        let stuck = waiting.is_some_and(|w| w > STUCK);
+        let well = |h: &FamilyHealth| !stuck && h.failing_since.is_none_or(|since| since.elapsed() <= STUCK);
+        let updated = |h: &FamilyHealth| h.last_updated.unwrap_or(Timestamp::UNIX_EPOCH);
+        let healthy = !stuck && state.families.values().all(well);
+        // The balancer is told the present as long as all is well, else since when it is not.
+        let last_updated = match state.families.values().map(updated).min() {
+            Some(oldest) if !healthy => oldest,
+            _ => now,
+        };
+        let status: serde_json::Map<String, serde_json::Value> = state
+            .families
+            .iter()
+            .map(|(family, h)| {
+                let last = if well(h) { now } else { updated(h) };
+                let entry = serde_json::json!({"lastUpdated": last.to_string(), "healthy": well(h)});
+                (family.as_str().to_owned(), entry)
+            })
+            .collect();
+        let eligible = !state.node_ineligible;
+        let mut body = serde_json::json!({
+            "lastUpdated": last_updated.to_string(), "currentTime": now.to_string(), "healthy": healthy, "status": status,
+        });
+        if !live {
+            body["nodeEligible"] = eligible.into();
+        }
+        let ok = healthy && (live || eligible);
+        (if ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, body.to_string())
+    }
+}
+
+/// Accepts HTTP connections until `stop` and answers every request with `answer`.
+pub(crate) async fn serve_http<F>(listener: std::net::TcpListener, answer: F, stop: CancellationToken) -> io::Result<()>
+where
+    F: Fn(&Request<Incoming>) -> Response<Full<Bytes>> + Clone + Send + 'static,
+{
+    listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     loop {
         let stream = tokio::select! {
@@ -194,8 +284,8 @@ async fn serve(listener: std::net::TcpListener, answer: Answer, stop: Cancellati
         let answer = answer.clone();
         let stop = stop.clone();
         tokio::spawn(async move {
-            let service = service_fn(move |_: Request<Incoming>| {
-                let response = answer.response();
+            let service = service_fn(move |request: Request<Incoming>| {
+                let response = answer(&request);
                 async move { Ok::<_, Infallible>(response) }
             });
             let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
@@ -204,5 +294,47 @@ async fn serve(listener: std::net::TcpListener, answer: Answer, stop: Cancellati
                 () = stop.cancelled() => {}
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_proxy_says_whether_it_works_and_whether_the_node_stays() {
+        let node = |taints: serde_json::Value, deleted: bool| -> Node {
+            let mut object = serde_json::json!({"metadata": {"name": "n1"}, "spec": {"taints": taints}});
+            if deleted {
+                object["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+            }
+            serde_json::from_value(object).unwrap()
+        };
+        let leaving = serde_json::json!([{"key": LEAVING_TAINT, "effect": "NoSchedule"}]);
+        let other = serde_json::json!([{"key": "other", "effect": "NoSchedule"}]);
+        let long = Some(STUCK * 2);
+        let short = Some(Duration::from_secs(1));
+        let now = Timestamp::UNIX_EPOCH;
+        for (name, node, waiting, healthz, livez) in [
+            ("all_is_well", Some(node(other.clone(), false)), None, 200, 200),
+            ("a_change_just_came_in", Some(node(other.clone(), false)), short, 200, 200),
+            ("a_change_waits_for_ever", Some(node(other.clone(), false)), long, 503, 503),
+            ("the_autoscaler_removes_the_node", Some(node(leaving, false)), None, 503, 200),
+            ("the_node_is_being_deleted", Some(node(other, true)), None, 503, 200),
+            ("the_node_is_gone", None, None, 503, 200),
+        ] {
+            let health = ProxyHealth::default();
+            health.node(node.as_ref());
+            health.synced(IpFamily::V4, true, now);
+            health.synced(IpFamily::V6, false, now);
+            for (live, expected) in [(false, healthz), (true, livez)] {
+                let (status, body) = health.answer(live, waiting, now);
+                let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+                assert_eq!(status.as_u16(), expected, "{name} live={live}");
+                assert_eq!(body["healthy"], waiting != long, "{name}");
+                assert_eq!(body["status"]["IPv6"]["healthy"], waiting != long, "{name}");
+                assert_eq!(body.get("nodeEligible").is_none(), live, "{name}");
+            }
+        }
     }
 }

@@ -25,7 +25,7 @@ pub const SCRATCH: u32 = 1 << 15;
 const AFFINITY_ENTRIES: u32 = 1 << 20;
 
 /// A chain whose existence says which layout a table found at start has. Change the number with the layout.
-pub const MARKER: &str = "layout-1";
+pub const MARKER: &str = "layout-2";
 
 /// Name of the table in both families.
 pub const TABLE: &str = "portolan-services";
@@ -36,6 +36,7 @@ pub const TABLE: &str = "portolan-services";
 pub enum SetId {
     Frontends,
     NodePorts,
+    HostPorts,
     Guarded,
     SourceRanges,
     Inside,
@@ -46,6 +47,7 @@ pub enum SetId {
     SlotsOutside,
     NodePortSlots,
     NodePortSlotsOutside,
+    HostPortSlots,
     ClusterIps,
     NodePortAddresses,
     Hairpin,
@@ -62,9 +64,10 @@ pub enum SetId {
 
 impl SetId {
     /// All of them, in the order of declaration.
-    pub const ALL: [SetId; 24] = [
+    pub const ALL: [SetId; 26] = [
         SetId::Frontends,
         SetId::NodePorts,
+        SetId::HostPorts,
         SetId::Guarded,
         SetId::SourceRanges,
         SetId::Inside,
@@ -75,6 +78,7 @@ impl SetId {
         SetId::SlotsOutside,
         SetId::NodePortSlots,
         SetId::NodePortSlotsOutside,
+        SetId::HostPortSlots,
         SetId::ClusterIps,
         SetId::NodePortAddresses,
         SetId::Hairpin,
@@ -94,6 +98,7 @@ impl SetId {
         match self {
             SetId::Frontends => "frontends",
             SetId::NodePorts => "node-ports",
+            SetId::HostPorts => "host-ports",
             SetId::Guarded => "guarded",
             SetId::SourceRanges => "source-ranges",
             SetId::Inside => "inside",
@@ -104,6 +109,7 @@ impl SetId {
             SetId::SlotsOutside => "slots-outside",
             SetId::NodePortSlots => "node-port-slots",
             SetId::NodePortSlotsOutside => "node-port-slots-outside",
+            SetId::HostPortSlots => "host-port-slots",
             SetId::ClusterIps => "cluster-ips",
             SetId::NodePortAddresses => "node-port-addresses",
             SetId::Hairpin => "hairpin",
@@ -129,9 +135,9 @@ impl SetId {
         let number = Some(DataType::Values(vec![Mark]));
         let verdict = Some(DataType::Verdict);
         let (key, data) = match self {
-            // What an address and port, or a node port, leads to.
+            // What an address and port, a node port, or a host port leads to.
             SetId::Frontends => (address, verdict),
-            SetId::NodePorts => (node_port, verdict),
+            SetId::NodePorts | SetId::HostPorts => (node_port, verdict),
             // Load-balancer addresses whose clients are restricted: to what, once the client is known to be allowed.
             SetId::Guarded => (address, verdict),
             SetId::SourceRanges => (vec![Addr, Proto, Port, Addr], None),
@@ -140,7 +146,7 @@ impl SetId {
             SetId::NodePortsInside | SetId::NodePortsOutside => (node_port, verdict),
             // Endpoints by number.
             SetId::Slots | SetId::SlotsOutside => (slot, endpoint),
-            SetId::NodePortSlots | SetId::NodePortSlotsOutside => (node_port_slot, endpoint),
+            SetId::NodePortSlots | SetId::NodePortSlotsOutside | SetId::HostPortSlots => (node_port_slot, endpoint),
             // Addresses.
             SetId::ClusterIps | SetId::NodePortAddresses => (vec![Addr], None),
             SetId::Hairpin => (vec![Addr, Addr], None),
@@ -186,13 +192,15 @@ pub enum Space {
     Address,
     /// Protocol and port, on any address that carries node ports.
     NodePort,
+    /// Protocol and port, on any address of the node.
+    HostPort,
 }
 
 impl Space {
     fn key(self) -> Vec<Field> {
         match self {
             Space::Address => vec![Field::DestinationAddr, Field::Proto, Field::DestinationPort],
-            Space::NodePort => vec![Field::Proto, Field::DestinationPort],
+            Space::NodePort | Space::HostPort => vec![Field::Proto, Field::DestinationPort],
         }
     }
 
@@ -257,6 +265,7 @@ impl Pick {
         let space = match self.space {
             Space::Address => "address",
             Space::NodePort => "node-port",
+            Space::HostPort => "host-port",
         };
         let side = match self.side {
             Side::Inside => "",
@@ -277,15 +286,19 @@ impl Pick {
 
     /// The slots map that the chain reads.
     pub fn slots(&self) -> SetId {
+        if self.space == Space::HostPort {
+            // One pod: no second set, no affinity.
+            return SetId::HostPortSlots;
+        }
         match (self.space, self.side, self.affinity.is_some()) {
             (Space::Address, Side::Inside, false) => SetId::Slots,
             (Space::Address, Side::Outside, false) => SetId::SlotsOutside,
-            (Space::NodePort, Side::Inside, false) => SetId::NodePortSlots,
-            (Space::NodePort, Side::Outside, false) => SetId::NodePortSlotsOutside,
+            (_, Side::Inside, false) => SetId::NodePortSlots,
+            (_, Side::Outside, false) => SetId::NodePortSlotsOutside,
             (Space::Address, Side::Inside, true) => SetId::AffinitySlots,
             (Space::Address, Side::Outside, true) => SetId::AffinitySlotsOutside,
-            (Space::NodePort, Side::Inside, true) => SetId::NodePortAffinitySlots,
-            (Space::NodePort, Side::Outside, true) => SetId::NodePortAffinitySlotsOutside,
+            (_, Side::Inside, true) => SetId::NodePortAffinitySlots,
+            (_, Side::Outside, true) => SetId::NodePortAffinitySlotsOutside,
         }
     }
 
@@ -328,7 +341,7 @@ impl Pick {
                 let timeout = Duration::from_secs(affinity.timeout_seconds);
                 let services = match self.space {
                     Space::Address => SetId::AffinityServices,
-                    Space::NodePort => SetId::NodePortAffinityServices,
+                    Space::NodePort | Space::HostPort => SetId::NodePortAffinityServices,
                 };
                 let live = if affinity.local { SetId::AffinityLiveLocal } else { SetId::AffinityLive };
                 let translate = || {
@@ -449,6 +462,13 @@ pub const FIXED_CHAINS: [&str; 12] = [
     "output-cleanup",
 ];
 
+fn loopback(family: IpFamily) -> ipnet::IpNet {
+    match family {
+        IpFamily::V4 => ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::new(127, 0, 0, 0), 8).into(),
+        IpFamily::V6 => ipnet::Ipv6Net::new_assert(std::net::Ipv6Addr::LOCALHOST, 128).into(),
+    }
+}
+
 /// Makes the table with its sets and fixed chains, or makes those as they should be. Elements stay.
 pub fn fixed_ops(node: &NodeView, family: IpFamily, sets: &Sets) -> Vec<Op> {
     let goto = |chain: &str| Statement::Verdict(Verdict::Goto(chain.into()));
@@ -507,6 +527,11 @@ pub fn fixed_ops(node: &NodeView, family: IpFamily, sets: &Sets) -> Vec<Op> {
                     negated: false,
                 },
                 vmap(Space::NodePort, SetId::NodePorts),
+            ],
+            vec![
+                Statement::InNetwork { field: Field::DestinationAddr, net: loopback(family), negated: true },
+                Statement::DestinationIsLocal,
+                vmap(Space::HostPort, SetId::HostPorts),
             ],
             vec![
                 Statement::InSet {

@@ -12,6 +12,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
 use crate::applier::Applied;
+use crate::conntrack::Look;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct FamilyLabel {
@@ -22,6 +23,11 @@ struct FamilyLabel {
 struct PolicyLabel {
     ip_family: &'static str,
     traffic_policy: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CodeLabel {
+    code: u16,
 }
 
 type Histograms = Family<FamilyLabel, Histogram, fn() -> Histogram>;
@@ -44,6 +50,8 @@ pub struct Metrics {
     conntrack_deleted: Counter,
     transactions: Family<FamilyLabel, Counter>,
     healed: Counter,
+    healthz: Family<CodeLabel, Counter>,
+    livez: Family<CodeLabel, Counter>,
 }
 
 fn sync_histogram() -> Histogram {
@@ -80,6 +88,8 @@ impl Metrics {
             conntrack_deleted: Counter::default(),
             transactions: Family::default(),
             healed: Counter::default(),
+            healthz: Family::default(),
+            livez: Family::default(),
         };
         let r = registry;
         r.register("kubeproxy_sync_proxy_rules_duration_seconds", "Time of a sync", m.sync.clone());
@@ -124,6 +134,8 @@ impl Metrics {
             "Times that the table was put right after interference",
             m.healed.clone(),
         );
+        r.register("kubeproxy_proxy_healthz", "Answers of the proxy's /healthz", m.healthz.clone());
+        r.register("kubeproxy_proxy_livez", "Answers of the proxy's /livez", m.livez.clone());
         // Zero is something to see; a series that is not there yet breaks rates and alerts.
         for family in IpFamily::ALL {
             let label = FamilyLabel { ip_family: family.as_str() };
@@ -132,6 +144,18 @@ impl Metrics {
             drop(m.sync_failures.get_or_create(&label));
         }
         m
+    }
+
+    /// Records a look at UDP flows.
+    pub(crate) fn looked(&self, look: Look) {
+        self.conntrack_duration.observe(look.took.as_secs_f64());
+        self.conntrack_deleted.inc_by(look.deleted as u64);
+    }
+
+    /// Records an answer of the proxy's own health check.
+    pub(crate) fn health_checked(&self, live: bool, code: u16) {
+        let family = if live { &self.livez } else { &self.healthz };
+        family.get_or_create(&CodeLabel { code }).inc();
     }
 
     /// Records a sync.
@@ -166,10 +190,6 @@ impl Metrics {
                 }
             }
         }
-        if let Some(took) = applied.report.conntrack {
-            self.conntrack_duration.observe(took.as_secs_f64());
-        }
-        self.conntrack_deleted.inc_by(applied.report.deleted_flows as u64);
         if applied.healed {
             self.healed.inc();
         }

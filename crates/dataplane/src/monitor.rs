@@ -37,6 +37,7 @@ impl Drop for Monitor {
 pub fn watch(netns: &Netns, own: u32, mailbox: Mailbox) -> io::Result<Monitor> {
     let socket = netns.run(|| -> io::Result<Socket> {
         let socket = Socket::open(libc::NETLINK_NETFILTER)?;
+        socket.ignore_sender(own)?;
         socket.join(NFNLGRP_NFTABLES)?;
         socket.set_receive_timeout(TICK)?;
         Ok(socket)

@@ -9,17 +9,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use portolan_linux::Netns;
 use portolan_nft::{Executor, NetlinkExecutor, Op, Transaction};
 use portolan_plan::delta::Delta;
 use portolan_plan::finding::Finding;
-use portolan_plan::service::{Backends, Frontend, HealthCheck, Planner, ServiceMap};
+use portolan_plan::service::{Backends, FrontendAddr, HealthCheck, Planner, ServiceMap, ServicePortId};
 use portolan_plan::world::{IpFamily, L4, NodeView, ObjectKey, TrafficPolicy, World};
 use tracing::{debug, info, warn};
 
-use crate::conntrack::{self, Conntrack};
+use crate::conntrack::{Conntrack, FlowCleaner, Look};
 use crate::layout::{self, SetId};
 use crate::render::{Existing, Renderer};
 
@@ -36,6 +36,10 @@ pub enum Change {
     SliceGone(ObjectKey),
     /// The ranges of a ServiceCIDR; none when it is gone.
     ServiceCidr(String, Vec<IpNet>),
+    /// A pod of the node as it is now.
+    Pod(Arc<Pod>),
+    /// A pod of the node is gone: its namespace and name.
+    PodGone(ObjectKey),
     /// The node as it is now.
     Node(NodeView),
 }
@@ -45,10 +49,8 @@ pub enum Change {
 pub struct SyncReport {
     /// Per family: how long it took, whether it was a full one, and why it failed if it did.
     pub families: Vec<FamilyReport>,
-    /// UDP flows that were removed.
-    pub deleted_flows: usize,
-    /// How long looking for them took, when it was done.
-    pub conntrack: Option<Duration>,
+    /// Node ports or host ports are different now, see [`crate::loopback`].
+    pub loopback_changed: bool,
     /// Services whose health check is different now.
     pub health_checks_changed: bool,
     /// Services that were compiled anew.
@@ -87,15 +89,15 @@ struct FamilyState {
 /// The service proxy of one node.
 pub struct ServiceProxy {
     executor: Box<dyn Executor>,
-    conntrack: Option<Conntrack>,
+    flows: Option<FlowCleaner>,
     world: World,
     planner: Planner,
     node: Option<NodeView>,
     dirty: BTreeSet<ObjectKey>,
     families: Vec<FamilyState>,
-    /// UDP frontends that went away since flows were last looked at.
-    removed_udp: BTreeSet<Frontend>,
     udp_pending: bool,
+    /// Service ports whose Local policy leaves this node without an endpoint, by family and policy.
+    without_local: BTreeMap<(IpFamily, Policy), BTreeSet<ServicePortId>>,
     port_id: u32,
 }
 
@@ -113,25 +115,29 @@ impl ServiceProxy {
     pub fn new(netns: &Netns, node: NodeView) -> io::Result<ServiceProxy> {
         let executor = netns.run(NetlinkExecutor::new)??;
         let port_id = executor.port_id()?;
-        let conntrack = Conntrack::open(netns)?;
-        Ok(ServiceProxy { port_id, ..ServiceProxy::with_executor(Box::new(executor), Some(conntrack), node) })
+        let flows = FlowCleaner::start(Conntrack::open(netns)?)?;
+        Ok(ServiceProxy { port_id, ..ServiceProxy::with_executor(Box::new(executor), Some(flows), node) })
     }
 
     /// A proxy that programs through the given executor.
-    pub fn with_executor(executor: Box<dyn Executor>, conntrack: Option<Conntrack>, node: NodeView) -> ServiceProxy {
+    pub fn with_executor(executor: Box<dyn Executor>, flows: Option<FlowCleaner>, node: NodeView) -> ServiceProxy {
+        let planner = Planner::new(node);
+        if let Some(flows) = &flows {
+            flows.update(|view, _| view.set_addresses(planner.map()));
+        }
         ServiceProxy {
             executor,
-            conntrack,
+            flows,
             world: World::default(),
-            planner: Planner::new(node),
+            planner,
             node: None,
             dirty: BTreeSet::new(),
             families: IpFamily::ALL
                 .iter()
                 .map(|f| FamilyState { renderer: Renderer::new(*f), in_step: false })
                 .collect(),
-            removed_udp: BTreeSet::new(),
             udp_pending: true,
+            without_local: BTreeMap::new(),
             port_id: 0,
         }
     }
@@ -155,6 +161,14 @@ impl ServiceProxy {
             Change::Slice(slice) => self.dirty.extend(self.world.put_slice(&slice)),
             Change::SliceGone(key) => self.dirty.extend(self.world.delete_slice(&key)),
             Change::ServiceCidr(name, nets) => self.world.put_service_cidr(&name, nets),
+            Change::Pod(pod) => {
+                let key = self.world.put_pod(&pod);
+                self.dirty.insert(key);
+            }
+            Change::PodGone(key) => {
+                let key = self.world.delete_pod(&key.namespace, &key.name);
+                self.dirty.insert(key);
+            }
             Change::Node(node) => self.node = Some(node),
         }
     }
@@ -164,18 +178,20 @@ impl ServiceProxy {
     /// After a failure the family is read back and compared at the next sync, and keeps its last good rules until then.
     pub fn sync(&mut self) -> SyncReport {
         let dirty = std::mem::take(&mut self.dirty);
-        let frontends_before: Vec<Frontend> = self.udp_frontends_of(&dirty);
-        let mut delta = match self.node.take() {
+        let node = self.node.take();
+        let node_told = node.is_some();
+        let mut delta = match node {
             Some(node) => self.planner.set_node(&self.world, node),
             None => Delta::default(),
         };
         delta.merge(self.planner.update(&self.world, &dirty));
-        self.removed_udp.extend(frontends_before.into_iter().filter(|f| !self.planner.map().frontends.contains_key(f)));
-        self.removed_udp.retain(|f| !self.planner.map().frontends.contains_key(f));
-        self.udp_pending |= delta.services.iter().any(|id| id.protocol == L4::Udp)
-            || delta.frontends.iter().any(|f| f.protocol == L4::Udp);
+        self.see_flows(&delta, node_told);
+        self.count_without_local(&delta);
 
         let mut report = SyncReport {
+            loopback_changed: delta.node
+                || delta.services.iter().any(|id| id.service.name.starts_with("pod/"))
+                || delta.frontends.iter().any(|f| !matches!(f.addr, FrontendAddr::Address(_)) || f.is_loopback()),
             health_checks_changed: !delta.health_checks.is_empty() || delta.node,
             services: dirty,
             ..SyncReport::default()
@@ -213,18 +229,12 @@ impl ServiceProxy {
             }
             report.families.push(FamilyReport { family, took: start.elapsed(), full, transactions, error });
         }
-        // Only after the new rules are in force, or the next packet would make the same flow again (services.md 3.6).
-        if self.udp_pending && report.is_ok() {
-            let start = Instant::now();
-            match self.reconcile_flows() {
-                Ok(count) => {
-                    report.deleted_flows = count;
-                    self.udp_pending = false;
-                    self.removed_udp.clear();
-                }
-                Err(error) => warn!(%error, "cannot reconcile conntrack; trying again at the next change"),
-            }
-            report.conntrack = Some(start.elapsed());
+        if self.udp_pending
+            && report.is_ok()
+            && let Some(flows) = &self.flows
+        {
+            self.udp_pending = false;
+            flows.look();
         }
         report
     }
@@ -263,12 +273,20 @@ impl ServiceProxy {
 
     /// Service ports whose Local policy leaves this node without an endpoint: internal and external, for metrics.
     pub fn without_local_endpoints(&self, family: IpFamily) -> (usize, usize) {
-        let services = || self.planner.map().services.iter().filter(move |(id, _)| id.family == family).map(|(_, s)| s);
-        let internal =
-            services().filter(|s| s.internal_policy == TrafficPolicy::Local && s.internal == Backends::Drop).count();
-        let external =
-            services().filter(|s| s.external_policy == TrafficPolicy::Local && s.external == Backends::Drop).count();
-        (internal, external)
+        let count = |policy| self.without_local.get(&(family, policy)).map_or(0, BTreeSet::len);
+        (count(Policy::Internal), count(Policy::External))
+    }
+
+    /// Calls `report` after each look at the UDP flows, on another thread.
+    pub fn report_flows(&self, report: impl Fn(Look) + Send + 'static) {
+        if let Some(flows) = &self.flows {
+            flows.report_to(report);
+        }
+    }
+
+    /// Waits until UDP flows have been looked at since the last sync; false when that takes longer than `limit`.
+    pub fn flows_settled(&self, limit: Duration) -> bool {
+        self.flows.as_ref().is_none_or(|flows| flows.settled(limit))
     }
 
     /// Removes everything that was programmed; for an explicit clean-up, never at exit.
@@ -282,21 +300,45 @@ impl ServiceProxy {
         Ok(())
     }
 
-    fn udp_frontends_of(&self, keys: &BTreeSet<ObjectKey>) -> Vec<Frontend> {
-        self.planner.frontends_of(keys).into_iter().filter(|f| f.protocol == L4::Udp).collect()
+    fn see_flows(&mut self, delta: &Delta, node_told: bool) {
+        let udp: BTreeSet<ObjectKey> =
+            delta.services.iter().filter(|id| id.protocol == L4::Udp).map(|id| id.service.clone()).collect();
+        self.udp_pending |= !udp.is_empty() || delta.frontends.iter().any(|f| f.protocol == L4::Udp);
+        let Some(flows) = &self.flows else { return };
+        let frontends = self.planner.frontends_of(&udp);
+        let map = self.planner.map();
+        flows.update(|view, look| {
+            view.update(map, frontends.into_iter().chain(delta.frontends.iter().copied()), look);
+            if node_told || delta.node {
+                view.set_addresses(map);
+            }
+        });
     }
 
-    fn reconcile_flows(&mut self) -> io::Result<usize> {
-        let Some(conntrack) = &mut self.conntrack else { return Ok(0) };
-        let mut count = 0;
-        let flows = conntrack.udp_flows()?;
-        for flow in conntrack::stale(self.planner.map(), &self.removed_udp, &flows) {
-            conntrack.delete(&flow)?;
-            debug!(?flow, "stale UDP flow removed");
-            count += 1;
+    fn count_without_local(&mut self, delta: &Delta) {
+        for id in &delta.services {
+            let service = self.planner.map().services.get(id);
+            let internal =
+                service.is_some_and(|s| s.internal_policy == TrafficPolicy::Local && s.internal == Backends::Drop);
+            let external =
+                service.is_some_and(|s| s.external_policy == TrafficPolicy::Local && s.external == Backends::Drop);
+            for (policy, without) in [(Policy::Internal, internal), (Policy::External, external)] {
+                let set = self.without_local.entry((id.family, policy)).or_default();
+                if without {
+                    set.insert(id.clone());
+                } else {
+                    set.remove(id);
+                }
+            }
         }
-        Ok(count)
     }
+}
+
+/// Which of the two traffic policies of a Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Policy {
+    Internal,
+    External,
 }
 
 fn error_source(error: &portolan_nft::Error) -> String {

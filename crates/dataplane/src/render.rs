@@ -178,7 +178,7 @@ impl Renderer {
             batches.push(against(self.shared_items(&id), &mut left));
         }
         let family = self.family;
-        for (frontend, target) in map.frontends.iter().filter(|(f, _)| f.family() == family) {
+        for (frontend, target) in map.frontends.iter().filter(|(f, _)| f.family() == family && !f.is_loopback()) {
             let Some(service) = map.services.get(&target.service) else { continue };
             let before = slots_in(frontend, &left);
             let rendered = self.render(frontend, target.kind, &target.service, service, node, before.as_ref());
@@ -275,7 +275,7 @@ impl Renderer {
 
         for frontend in redo {
             let old = self.frontends.get(&frontend).cloned();
-            let target = map.frontends.get(&frontend);
+            let target = map.frontends.get(&frontend).filter(|_| !frontend.is_loopback());
             let service = target.and_then(|t| map.services.get(&t.service));
             let new = match (target, service) {
                 (Some(target), Some(service)) => {
@@ -460,6 +460,7 @@ impl Renderer {
         let space = match frontend.addr {
             FrontendAddr::Address(_) => Space::Address,
             FrontendAddr::NodePort(_) => Space::NodePort,
+            FrontendAddr::HostPort(_) => Space::HostPort,
         };
         let block = match service.affinity {
             Affinity::None => None,
@@ -500,6 +501,10 @@ impl Renderer {
                 let (step, slots) = step(&service.internal, Side::Inside, to_cluster_ip, local, before_inside);
                 (Way::Same(step), slots, Slots::default())
             }
+            (FrontendKind::HostPort, _) => {
+                let (step, slots) = step(&service.external, Side::Inside, Masquerade::Never, false, before_inside);
+                (Way::Same(step), slots, Slots::default())
+            }
             (_, TrafficPolicy::Cluster) => {
                 let (step, slots) = step(&service.external, Side::Inside, Masquerade::Always, false, before_inside);
                 (Way::Same(step), slots, Slots::default())
@@ -533,6 +538,7 @@ impl Renderer {
             let services = match frontend.addr {
                 FrontendAddr::Address(_) => SetId::AffinityServices,
                 FrontendAddr::NodePort(_) => SetId::NodePortAffinityServices,
+                FrontendAddr::HostPort(_) => continue,
             };
             let Some(Data::Values(values)) = data_of(existing, services, key(frontend)) else { continue };
             let [Value::Mark(service_mark)] = values[..] else { continue };
@@ -668,6 +674,7 @@ fn slots_in(frontend: &Frontend, existing: &Held) -> Option<(Vec<Backend>, Vec<B
     let ids = match frontend.addr {
         FrontendAddr::Address(_) => [SetId::Slots, SetId::SlotsOutside],
         FrontendAddr::NodePort(_) => [SetId::NodePortSlots, SetId::NodePortSlotsOutside],
+        FrontendAddr::HostPort(_) => [SetId::HostPortSlots, SetId::HostPortSlots],
     };
     let [inside, outside] = ids.map(|id| {
         let slot = |index: u32| {
@@ -686,7 +693,11 @@ fn slots_in(frontend: &Frontend, existing: &Held) -> Option<(Vec<Backend>, Vec<B
 /// The elements of one frontend.
 fn items(frontend: &Frontend, rendered: &Rendered) -> Vec<Item> {
     let address = matches!(frontend.addr, FrontendAddr::Address(_));
-    let frontends = if address { SetId::Frontends } else { SetId::NodePorts };
+    let frontends = match frontend.addr {
+        FrontendAddr::Address(_) => SetId::Frontends,
+        FrontendAddr::NodePort(_) => SetId::NodePorts,
+        FrontendAddr::HostPort(_) => SetId::HostPorts,
+    };
     let element = |data: Verdict| Element::new(key(frontend), Data::Verdict(data));
     // The one element of a frontend that everybody meets first says whose it is.
     let named = |data: Verdict| Element { comment: Some(rendered.service.to_string().into()), ..element(data) };

@@ -192,6 +192,8 @@ pub enum Statement {
     },
     /// Holds when the source address belongs to this host.
     SourceIsLocal,
+    /// Holds when the destination address belongs to this host.
+    DestinationIsLocal,
     /// Holds when the flow's destination was translated.
     IsDestinationTranslated,
     /// Holds when some bit of the mask is set.

@@ -174,6 +174,7 @@ impl Printer<'_> {
             Statement::InputInterface { prefix, negated } => write!(out, "iifname {}\"{prefix}*\"", ne(*negated)),
             Statement::InNetwork { field, net, negated } => write!(out, "{} {}{net}", self.field(field), ne(*negated)),
             Statement::SourceIsLocal => write!(out, "fib saddr type local"),
+            Statement::DestinationIsLocal => write!(out, "fib daddr type local"),
             Statement::IsDestinationTranslated => write!(out, "ct status dnat"),
             Statement::MarkHas { mask } => write!(out, "meta mark & {mask:#x} != 0"),
             Statement::InSet { key, set, negated } => write!(out, "{} {}@{set}", self.key(key), ne(*negated)),

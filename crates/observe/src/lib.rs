@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
-use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use prometheus_client::registry::Registry;
@@ -168,7 +167,8 @@ pub async fn serve_admin(
     }
 }
 
-fn answer(observer: &Observer, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+/// The answer of [`serve_admin`] to one request, for servers that have more paths than these.
+pub fn answer<B>(observer: &Observer, request: &Request<B>) -> Response<Full<Bytes>> {
     let (status, content_type, body) = route(observer, request.method(), request.uri().path());
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;

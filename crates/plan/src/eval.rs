@@ -2,6 +2,7 @@
 //!
 //! It powers `portolan trace`, and tests hold the kernel's rules to it. It knows nothing of how rules are laid out.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 
@@ -64,12 +65,20 @@ pub fn classify(node: &NodeView, packet: &Packet) -> SourceClass {
 /// the caller's memory, since it is state and not part of the map.
 pub fn packet(map: &ServiceMap, node: &NodeView, packet: &Packet, pick: impl FnOnce(&[Backend]) -> usize) -> Outcome {
     let class = classify(node, packet);
+    // Loopback traffic never leaves the node's own sockets; ports there are served by sockets too.
+    if packet.destination.is_loopback() {
+        return Outcome::Untouched;
+    }
     let found = packet.transport.and_then(|(protocol, port)| {
         let exact = Frontend { addr: FrontendAddr::Address(packet.destination), protocol, port };
         map.frontends.get(&exact).or_else(|| {
             let family = IpFamily::of(&packet.destination);
             let node_port = Frontend { addr: FrontendAddr::NodePort(family), protocol, port };
-            map.node_port_addresses.contains(&packet.destination).then(|| map.frontends.get(&node_port)).flatten()
+            let host_port = Frontend { addr: FrontendAddr::HostPort(family), protocol, port };
+            let on = |addresses: &BTreeSet<IpAddr>, frontend| {
+                addresses.contains(&packet.destination).then(|| map.frontends.get(frontend)).flatten()
+            };
+            on(&map.node_port_addresses, &node_port).or_else(|| on(&map.local_addresses, &host_port))
         })
     });
     let Some(target) = found else {

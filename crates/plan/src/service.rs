@@ -15,7 +15,9 @@ use crate::delta::Delta;
 use crate::endpoint::{self, Backend, Endpoint};
 use crate::finding::{Finding, Severity};
 use crate::origin::Origin;
-use crate::world::{Affinity, IpFamily, L4, NodeView, ObjectKey, ServicePort, ServiceSpec, TrafficPolicy, World};
+use crate::world::{
+    Affinity, HostPortPod, IpFamily, L4, NodeView, ObjectKey, ServicePort, ServiceSpec, TrafficPolicy, World,
+};
 
 /// Everything that one node does for Services.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -30,11 +32,13 @@ pub struct ServiceMap {
     pub service_ranges: BTreeMap<IpFamily, Vec<IpNet>>,
     /// Addresses of this node that carry node ports.
     pub node_port_addresses: BTreeSet<IpAddr>,
+    /// All addresses of this node, as far as known; host ports are on every one that is not a loopback address.
+    pub local_addresses: BTreeSet<IpAddr>,
     /// Health-check ports by Service.
     pub health_checks: BTreeMap<ObjectKey, HealthCheck>,
 }
 
-/// A port of a Service in one family.
+/// A port of a Service in one family, or a host port of a pod ([`crate::world::pod_key`]).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ServicePortId {
     /// The Service.
@@ -73,8 +77,14 @@ impl Frontend {
     pub fn family(&self) -> IpFamily {
         match self.addr {
             FrontendAddr::Address(addr) => IpFamily::of(&addr),
-            FrontendAddr::NodePort(family) => family,
+            FrontendAddr::NodePort(family) | FrontendAddr::HostPort(family) => family,
         }
+    }
+
+    /// Whether it is a host port on a loopback address. The kernel does not translate those: an answer to a loopback source
+    /// that comes in from a pod would be a martian, unless the node let every neighbour speak to its loopback services.
+    pub fn is_loopback(&self) -> bool {
+        matches!(self.addr, FrontendAddr::Address(addr) if addr.is_loopback())
     }
 }
 
@@ -83,6 +93,7 @@ impl std::fmt::Display for Frontend {
         match self.addr {
             FrontendAddr::Address(addr) => write!(f, "{}", std::net::SocketAddr::new(addr, self.port.get()))?,
             FrontendAddr::NodePort(family) => write!(f, "{} node port {}", family.as_str(), self.port)?,
+            FrontendAddr::HostPort(family) => write!(f, "{} host port {}", family.as_str(), self.port)?,
         }
         write!(f, "/{}", self.protocol.as_str())
     }
@@ -95,6 +106,8 @@ pub enum FrontendAddr {
     Address(IpAddr),
     /// A node port, on every address in [`ServiceMap::node_port_addresses`] of the family.
     NodePort(IpFamily),
+    /// A host port of a pod, on every address of the node.
+    HostPort(IpFamily),
 }
 
 /// What a frontend is to its Service; decides which policy applies.
@@ -108,6 +121,8 @@ pub enum FrontendKind {
     LoadBalancer,
     /// `spec.ports[].nodePort`.
     NodePort,
+    /// `spec.containers[].ports[].hostPort` of a pod of this node.
+    HostPort,
 }
 
 /// The Service port behind a frontend.
@@ -212,6 +227,8 @@ impl CompiledService {
             (FrontendKind::ClusterIp, _, SourceClass::Host | SourceClass::External) => {
                 (&self.internal, masquerade_all || pods_known)
             }
+            // The pod is on this node, so that its answers come back here: nobody's address is replaced.
+            (FrontendKind::HostPort, _, _) => (&self.external, false),
             (_, TrafficPolicy::Cluster, _) => (&self.external, true),
             (_, TrafficPolicy::Local, SourceClass::Pod) => (&self.short_circuit, false),
             (_, TrafficPolicy::Local, SourceClass::Host) => (&self.short_circuit, true),
@@ -259,6 +276,7 @@ impl Planner {
     pub fn new(node: NodeView) -> Planner {
         let map = ServiceMap {
             node_port_addresses: node.node_port_addresses.iter().copied().collect(),
+            local_addresses: node.local_addresses.iter().copied().collect(),
             service_ranges: IpFamily::ALL.iter().map(|f| (*f, Vec::new())).collect(),
             ..ServiceMap::default()
         };
@@ -294,6 +312,13 @@ impl Planner {
     /// Compiles for a node that has changed (zone, addresses); everything may be different.
     pub fn set_node(&mut self, world: &World, node: NodeView) -> Delta {
         if node == self.node {
+            return Delta::default();
+        }
+        self.map.local_addresses = node.local_addresses.iter().copied().collect();
+        // The kernel knows the node's addresses by itself.
+        let known = NodeView { local_addresses: node.local_addresses.clone(), ..self.node.clone() };
+        if known == node {
+            self.node = node;
             return Delta::default();
         }
         let mut delta = Delta { node: true, ..Delta::default() };
@@ -343,7 +368,11 @@ impl Planner {
             origin: self.origin_of(&loser.target.service),
             severity: Severity::Warning,
             reason: "AddressConflict".into(),
-            message: format!("{frontend} belongs to the older Service {}", winner.target.service.service),
+            message: format!(
+                "{frontend} belongs to the older {} {}",
+                if winner.target.kind == FrontendKind::HostPort { "Pod" } else { "Service" },
+                winner.target.service.service.to_string().replacen("/pod/", "/", 1),
+            ),
         }
     }
 
@@ -352,7 +381,11 @@ impl Planner {
     }
 
     fn replace(&mut self, world: &World, key: &ObjectKey, delta: &mut Delta) {
-        let fresh = world.service(key).map(|spec| compile_service(world, &self.node, key, spec));
+        let fresh = match (world.service(key), world.pod(key)) {
+            (Some(spec), _) => Some(compile_service(world, &self.node, key, spec)),
+            (None, Some(pod)) => Some(compile_pod(key, pod)),
+            (None, None) => None,
+        };
         let old = self.placed.remove(key).unwrap_or_default();
         let (placed, services, health) = match fresh {
             Some(c) => (c.placed, c.services, c.health),
@@ -500,6 +533,53 @@ fn compile_service(world: &World, node: &NodeView, key: &ObjectKey, spec: &Servi
     Compiled { placed, services, health }
 }
 
+/// A pod's host ports are Services with the pod as their only endpoint.
+fn compile_pod(key: &ObjectKey, pod: &HostPortPod) -> Compiled {
+    let mut placed = Placed { findings: pod.findings.clone(), ..Placed::default() };
+    let mut services: Vec<(ServicePortId, CompiledService)> = Vec::new();
+    for port in &pod.ports {
+        for addr in pod.addresses.iter().filter(|a| port.host_ip.is_none_or(|h| IpFamily::of(&h) == IpFamily::of(a))) {
+            let family = IpFamily::of(addr);
+            let port_name = match port.host_ip {
+                Some(ip) => std::net::SocketAddr::new(ip, port.host_port.get()).to_string(),
+                None => port.host_port.to_string(),
+            };
+            let id = ServicePortId { service: key.clone(), port_name, protocol: port.protocol, family };
+            if services.iter().any(|(known, _)| known == &id) {
+                continue; // Two containers of one pod want the same port: the first has it.
+            }
+            let backend: Arc<[Backend]> = Arc::new([Backend { addr: *addr, port: port.container_port }]);
+            let only = Backends::Usable(backend.clone());
+            let compiled = CompiledService {
+                origin: Origin { field: format!("{}.hostPort", port.field), ..pod.origin.clone() },
+                affinity: Affinity::None,
+                internal: only.clone(),
+                external: only.clone(),
+                short_circuit: only,
+                internal_policy: TrafficPolicy::Cluster,
+                external_policy: TrafficPolicy::Cluster,
+                source_ranges: None,
+                serving: backend,
+                hairpin_addrs: Arc::new([*addr]),
+            };
+            placed.claims.push((
+                Frontend {
+                    addr: port.host_ip.map_or(FrontendAddr::HostPort(family), FrontendAddr::Address),
+                    protocol: port.protocol,
+                    port: port.host_port,
+                },
+                Claim {
+                    created: pod.created,
+                    target: FrontendTarget { service: id.clone(), kind: FrontendKind::HostPort },
+                },
+            ));
+            placed.ports.push(id.clone());
+            services.push((id, compiled));
+        }
+    }
+    Compiled { placed, services, health: None }
+}
+
 /// A node that reaches a VIP through itself uses the VIP as source, so the VIP is allowed when the node is (services.md 3.7).
 fn source_ranges(ranges: &[IpNet], spec: &ServiceSpec, node: &NodeView, family: IpFamily) -> Arc<[IpNet]> {
     let mut nets = ranges.to_vec();
@@ -540,7 +620,7 @@ mod tests {
     use super::*;
     use crate::eval::{self, Outcome, Packet};
     use crate::world::LocalDetection;
-    use k8s_openapi::api::core::v1::Service;
+    use k8s_openapi::api::core::v1::{Pod, Service};
     use k8s_openapi::api::discovery::v1::EndpointSlice;
     use serde_json::{Value, json};
 
@@ -570,9 +650,28 @@ mod tests {
                 "192.168.50.11".parse().unwrap(),
                 random.pick(&["fd00:50::11", "fd00:50::12"]).parse().unwrap(),
             ],
+            local_addresses: vec![random.pick(&["192.168.50.11", "192.168.50.12"]).parse().unwrap()],
             local_detection: LocalDetection::InterfacePrefix("vp".into()),
             masquerade_all: false,
         }
+    }
+
+    fn pod(random: &mut Random, name: &str) -> Pod {
+        let ports: Vec<Value> = (0..random.below(3))
+            .map(|_| {
+                json!({
+                    "containerPort": 8080 + random.below(2), "hostPort": 8000 + random.below(3),
+                    "hostIP": random.pick(&["", "0.0.0.0", "192.168.50.11", "127.0.0.1", "nonsense"]),
+                    "protocol": random.pick(&["TCP", "UDP"]),
+                })
+            })
+            .collect();
+        serde_json::from_value(json!({
+            "metadata": {"namespace": "ns", "name": name, "creationTimestamp": format!("2026-01-0{}T00:00:00Z", random.below(3) + 1)},
+            "spec": {"hostNetwork": random.chance(10), "containers": [{"name": "c", "ports": ports}]},
+            "status": {"phase": random.pick(&["Running", "Succeeded"]), "podIP": format!("10.244.0.{}", random.below(6))},
+        }))
+        .unwrap()
     }
 
     fn service(random: &mut Random, name: &str) -> Service {
@@ -645,7 +744,7 @@ mod tests {
                 let mut delta = Delta::default();
                 for _ in 0..=random.below(2) {
                     let name = random.pick(&["s0", "s1", "s2", "s3"]);
-                    match random.below(12) {
+                    match random.below(14) {
                         0..=4 => {
                             let service = service(&mut random, name);
                             dirty.insert(world.put_service(&service));
@@ -658,6 +757,13 @@ mod tests {
                         6..=8 => {
                             let slice = slice(&mut random, name);
                             dirty.extend(world.put_slice(&slice));
+                        }
+                        12 => {
+                            let pod = pod(&mut random, name);
+                            dirty.insert(world.put_pod(&pod));
+                        }
+                        13 => {
+                            dirty.insert(world.delete_pod("ns", name));
                         }
                         9 => dirty.extend(world.delete_slice(&ObjectKey::new("ns", name))),
                         10 => world.put_service_cidr(
@@ -690,6 +796,53 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn host_ports_lead_to_their_pod_on_the_addresses_they_name() {
+        let pod = |name: &str, created: &str, ip: &str, ports: Value| -> Pod {
+            serde_json::from_value(json!({
+                "metadata": {"namespace": "ns", "name": name, "creationTimestamp": created},
+                "spec": {"containers": [{"name": "c", "ports": ports}]},
+                "status": {"phase": "Running", "podIP": ip},
+            }))
+            .unwrap()
+        };
+        let mut world = World::default();
+        let on = |ip: &str, protocol: &str| json!([{"containerPort": 8080, "hostPort": 8000, "hostIP": ip, "protocol": protocol}]);
+        world.put_pod(&pod("one", "2026-01-01T00:00:00Z", "10.244.1.2", on("192.168.50.11", "TCP")));
+        world.put_pod(&pod("all", "2026-01-01T00:00:00Z", "10.244.1.3", on("", "UDP")));
+        world.put_pod(&pod("loop", "2026-01-01T00:00:00Z", "10.244.1.4", on("127.0.0.1", "TCP")));
+        world.put_pod(&pod("late", "2026-01-02T00:00:00Z", "10.244.1.5", on("0.0.0.0", "UDP")));
+        let addresses = ["192.168.50.11", "10.0.0.1", "127.0.0.1"].map(|a| a.parse().unwrap());
+        let node = NodeView { name: "n1".into(), local_addresses: addresses.to_vec(), ..NodeView::default() };
+        let (map, findings) = compile(&world, &node);
+        let rows = [
+            ("192.168.50.11", L4::Tcp, Some("10.244.1.2")),
+            ("10.0.0.1", L4::Tcp, None),
+            ("192.168.50.11", L4::Udp, Some("10.244.1.3")),
+            ("10.0.0.1", L4::Udp, Some("10.244.1.3")),
+            ("10.0.0.2", L4::Udp, None),
+            // Loopback is not translated.
+            ("127.0.0.1", L4::Tcp, None),
+            ("127.0.0.1", L4::Udp, None),
+        ];
+        for (destination, protocol, expected) in rows {
+            let packet = Packet {
+                source: "192.0.2.1".parse().unwrap(),
+                destination: destination.parse().unwrap(),
+                transport: Some((protocol, 8000.try_into().unwrap())),
+                interface: Some("eth0".into()),
+            };
+            let reached = match eval::packet(&map, &node, &packet, |_| 0) {
+                Outcome::Forwarded { backend, masqueraded: false, .. } => Some(backend.addr.to_string()),
+                Outcome::Untouched => None,
+                other => panic!("{destination}: {other:?}"),
+            };
+            assert_eq!(reached.as_deref(), expected, "{destination} {protocol:?}");
+        }
+        assert_eq!(findings.len(), 1);
+        assert_eq!((findings[0].origin.name.as_str(), findings[0].reason.as_str()), ("late", "AddressConflict"));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde::{Deserialize, Serialize};
 
@@ -237,6 +237,36 @@ pub struct SliceEndpoint {
     pub for_nodes: Vec<Arc<str>>,
 }
 
+/// A pod of this node that has ports on the node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPortPod {
+    /// The pod.
+    pub origin: Origin,
+    /// Creation time in seconds since the epoch; the older pod keeps a contested port.
+    pub created: i64,
+    /// The pod's addresses, at most one per family.
+    pub addresses: Vec<IpAddr>,
+    /// The ports.
+    pub ports: Vec<HostPort>,
+    /// Parts that have no effect.
+    pub findings: Vec<Finding>,
+}
+
+/// One `hostPort` of a container.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct HostPort {
+    /// Where it is written, as in `spec.containers[0].ports[1]`.
+    pub field: String,
+    /// `hostIP`; `None` for all addresses of the node.
+    pub host_ip: Option<IpAddr>,
+    /// Protocol.
+    pub protocol: L4,
+    /// Port on the node.
+    pub host_port: NonZeroU16,
+    /// Port of the container.
+    pub container_port: NonZeroU16,
+}
+
 /// Conditions of an endpoint. Absent ones count as: ready true, serving true, terminating false (services.md 3.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Conditions {
@@ -269,6 +299,10 @@ pub struct NodeView {
     pub zone: Option<String>,
     /// Addresses that carry node ports.
     pub node_port_addresses: Vec<IpAddr>,
+    /// All addresses of the node's interfaces, as far as known. The kernel looks at its own list; this one is for the
+    /// evaluator and for conntrack.
+    #[serde(default)]
+    pub local_addresses: Vec<IpAddr>,
     /// How pods of this node are recognised.
     pub local_detection: LocalDetection,
     /// Masquerade everything that is sent to a cluster IP.
@@ -282,6 +316,7 @@ pub struct World {
     slices: BTreeMap<ObjectKey, Arc<Slice>>,
     slices_of: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
     service_cidrs: BTreeMap<String, Vec<IpNet>>,
+    pods: BTreeMap<ObjectKey, Arc<HostPortPod>>,
 }
 
 impl World {
@@ -335,6 +370,32 @@ impl World {
         vec![old.service.clone()]
     }
 
+    /// Stores a pod of the compiled node as it is now and returns the key whose compilation may change. Pods without host
+    /// ports, without addresses, at their end, or in the node's own network are forgotten.
+    pub fn put_pod(&mut self, pod: &Pod) -> ObjectKey {
+        let key = pod_key(
+            pod.metadata.namespace.as_deref().unwrap_or_default(),
+            pod.metadata.name.as_deref().unwrap_or_default(),
+        );
+        match HostPortPod::parse(pod) {
+            Some(parsed) => self.pods.insert(key.clone(), Arc::new(parsed)),
+            None => self.pods.remove(&key),
+        };
+        key
+    }
+
+    /// Forgets a pod and returns the key whose compilation may change.
+    pub fn delete_pod(&mut self, namespace: &str, name: &str) -> ObjectKey {
+        let key = pod_key(namespace, name);
+        self.pods.remove(&key);
+        key
+    }
+
+    /// The pod with host ports behind a key.
+    pub fn pod(&self, key: &ObjectKey) -> Option<&Arc<HostPortPod>> {
+        self.pods.get(key)
+    }
+
     /// Sets the ranges of one ServiceCIDR object; an empty list forgets it.
     pub fn put_service_cidr(&mut self, name: &str, cidrs: Vec<IpNet>) {
         if cidrs.is_empty() {
@@ -371,9 +432,9 @@ impl World {
         self.slices_of.get(service).into_iter().flatten().filter_map(|k| self.slices.get(k))
     }
 
-    /// Keys of everything that can be compiled.
+    /// Keys of everything that can be compiled: Services, and pods with host ports.
     pub fn service_keys(&self) -> BTreeSet<ObjectKey> {
-        self.services.keys().cloned().collect()
+        self.services.keys().chain(self.pods.keys()).cloned().collect()
     }
 }
 
@@ -518,6 +579,86 @@ impl ServiceSpec {
             findings,
             origin,
         })
+    }
+}
+
+/// The key under which a pod's host ports are compiled. No Service's name has a slash.
+pub fn pod_key(namespace: &str, name: &str) -> ObjectKey {
+    ObjectKey::new(namespace, format!("pod/{name}"))
+}
+
+impl HostPortPod {
+    /// Parses what the proxy needs; `None` for a pod without a host port that could be served now.
+    pub fn parse(pod: &Pod) -> Option<HostPortPod> {
+        let spec = pod.spec.as_ref()?;
+        let status = pod.status.as_ref()?;
+        // In the node's own network the container itself listens on the port.
+        if spec.host_network == Some(true) || matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")) {
+            return None;
+        }
+        let meta = &pod.metadata;
+        let origin = Origin {
+            kind: "Pod".into(),
+            namespace: meta.namespace.clone().unwrap_or_default(),
+            name: meta.name.clone().unwrap_or_default(),
+            uid: meta.uid.clone().unwrap_or_default(),
+            generation: meta.generation.unwrap_or_default(),
+            field: String::new(),
+        };
+        let mut addresses: Vec<IpAddr> = Vec::new();
+        let listed = status.pod_ips.iter().flatten().map(|ip| ip.ip.as_str());
+        for ip in listed.chain(status.pod_ip.as_deref()).filter_map(parse_ip) {
+            if addresses.iter().all(|known| IpFamily::of(known) != IpFamily::of(&ip)) {
+                addresses.push(ip);
+            }
+        }
+        let mut findings = Vec::new();
+        let mut ports = Vec::new();
+        // Init containers that go on running (sidecars, KEP-753) have ports too.
+        let lists =
+            [("spec.containers", Some(&spec.containers)), ("spec.initContainers", spec.init_containers.as_ref())];
+        for (list, containers) in lists {
+            for (i, container) in containers.into_iter().flatten().enumerate() {
+                if list == "spec.initContainers" && container.restart_policy.as_deref() != Some("Always") {
+                    continue;
+                }
+                for (k, port) in container.ports.iter().flatten().enumerate() {
+                    let Some(host_port) = port.host_port.and_then(port_number) else { continue };
+                    let field = format!("{list}[{i}].ports[{k}]");
+                    let mut finding = |part: &str, message: String| {
+                        findings.push(Finding {
+                            origin: Origin { field: format!("{field}.{part}"), ..origin.clone() },
+                            severity: Severity::Warning,
+                            reason: "InvalidValue".into(),
+                            message,
+                        });
+                    };
+                    let Some(protocol) = L4::parse(port.protocol.as_deref()) else {
+                        finding("protocol", format!("unknown protocol {:?}", port.protocol));
+                        continue;
+                    };
+                    let Some(container_port) = port_number(port.container_port) else {
+                        finding("containerPort", format!("{} is not a port", port.container_port));
+                        continue;
+                    };
+                    let host_ip = match port.host_ip.as_deref().filter(|t| !t.is_empty()) {
+                        None => None,
+                        Some(text) => match parse_ip(text) {
+                            Some(ip) if ip.is_unspecified() => None,
+                            Some(ip) => Some(ip),
+                            None => {
+                                finding("hostIP", format!("not an IP address: {text:?}"));
+                                continue;
+                            }
+                        },
+                    };
+                    ports.push(HostPort { field, host_ip, protocol, host_port, container_port });
+                }
+            }
+        }
+        let created = meta.creation_timestamp.as_ref().map(|t| t.0.as_second()).unwrap_or_default();
+        let useful = !addresses.is_empty() && !(ports.is_empty() && findings.is_empty());
+        useful.then_some(HostPortPod { origin, created, addresses, ports, findings })
     }
 }
 

@@ -197,7 +197,19 @@ pub struct Proxy {
     /// Interfaces of local pods begin with this
     #[arg(long, default_value = "vp")]
     pub pod_interface_prefix: String,
-    /// Where /healthz and /metrics are served
+    /// Source networks of pods; recognises local pods when --pod-interface-prefix is empty
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    pub cluster_cidr: Vec<ipnet::IpNet>,
+    /// Masquerade everything sent to cluster IPs
+    #[arg(long)]
+    pub masquerade_all: bool,
+    /// Addresses that carry node ports: CIDRs, or primary or all; localhost beside them adds loopback addresses
+    #[arg(long, value_name = "CIDR|KEYWORD", value_delimiter = ',', default_value = "primary")]
+    pub nodeport_addresses: Vec<String>,
+    /// Where /healthz and /livez of the proxy are served
+    #[arg(long, default_value = "0.0.0.0:10256")]
+    pub healthz_address: SocketAddr,
+    /// Where /metrics, /proxyMode and /readyz are served
     #[arg(long, default_value = "127.0.0.1:10249")]
     pub metrics_address: SocketAddr,
 }

@@ -45,9 +45,16 @@ fn netns(path: Option<&Path>) -> Result<Netns> {
 
 /// `portolan proxy`
 pub async fn proxy(args: args::Proxy) -> Result<()> {
-    let Start { client, observer, shutdown } = start(&args.connection, Some(args.metrics_address)).await?;
-    let config =
+    // The proxy serves its own metrics: it has paths that other components have not.
+    let Start { client, observer, shutdown } = start(&args.connection, None).await?;
+    let mut config =
         portolan_dataplane::AgentConfig::new(args.node_name, netns(args.netns.as_deref())?, args.pod_interface_prefix);
+    (config.node_port_addresses, config.localhost_node_ports) =
+        portolan_dataplane::NodePortAddresses::parse(&args.nodeport_addresses).context("--nodeport-addresses")?;
+    config.cluster_cidrs = args.cluster_cidr;
+    config.masquerade_all = args.masquerade_all;
+    config.healthz_address = Some(args.healthz_address);
+    config.metrics_address = Some(args.metrics_address);
     Ok(portolan_dataplane::run(config, client, observer, shutdown).await?)
 }
 

@@ -33,6 +33,12 @@ fn apply(world: &mut World, change: &Change) {
             world.delete_slice(key);
         }
         Change::ServiceCidr(name, nets) => world.put_service_cidr(name, nets.clone()),
+        Change::Pod(pod) => {
+            world.put_pod(pod);
+        }
+        Change::PodGone(key) => {
+            world.delete_pod(&key.namespace, &key.name);
+        }
         Change::Node(_) => {}
     }
 }

@@ -73,6 +73,7 @@ pub fn node_view(name: &str) -> NodeView {
         name: name.into(),
         zone: Some(if name == "n2" { "b" } else { "a" }.into()),
         node_port_addresses: vec![address(name).unwrap(), address(&format!("{name}.6")).unwrap()],
+        local_addresses: ["", ".6", ".gw", ".gw.6"].iter().map(|s| address(&format!("{name}{s}")).unwrap()).collect(),
         local_detection: LocalDetection::InterfacePrefix("vp".into()),
         masquerade_all: false,
     }

@@ -71,6 +71,9 @@ impl Site {
                     return Err(format!("{}: {error}: {source}", family.family.as_str()));
                 }
             }
+            if !proxy.flows_settled(PATIENCE) {
+                return Err("UDP flows are not looked at".into());
+            }
             let failed = health.set(proxy.health_checks(), &proxy.node().node_port_addresses);
             if let Some((key, port, error)) = failed.first() {
                 return Err(format!("health check of {key} on {port}: {error}"));

@@ -536,11 +536,11 @@ fn encode_statement(m: &mut Message, fam: Family, statement: &Statement) {
                 compare(m, 0, op, &network);
             }
         }
-        Statement::SourceIsLocal => {
+        Statement::SourceIsLocal | Statement::DestinationIsLocal => {
             expression(m, "fib", |m| {
                 m.u32(1, register(0));
                 m.u32(2, 3); // NFT_FIB_RESULT_ADDRTYPE
-                m.u32(3, 1); // NFTA_FIB_F_SADDR
+                m.u32(3, if *statement == Statement::SourceIsLocal { 1 } else { 2 }); // NFTA_FIB_F_SADDR, _DADDR
             });
             compare(m, 0, CMP_EQ, &2u32.to_ne_bytes()); // RTN_LOCAL
         }

@@ -78,6 +78,23 @@ impl Socket {
         self.set(libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, &group)
     }
 
+    /// Leaves out what the kernel announces on behalf of the socket `port_id`, by a filter in the kernel: a flood of one's own
+    /// changes then costs nothing here and cannot push out what others announce.
+    pub fn ignore_sender(&self, port_id: u32) -> io::Result<()> {
+        // The filter loads words as big-endian; `nlmsg_pid` (offset 12) is in the machine's own order.
+        let wanted = u32::from_be_bytes(port_id.to_ne_bytes());
+        let step = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
+        let mut steps = [
+            step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 12),
+            step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, wanted),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+        ];
+        // The kernel copies the program during the call, in which `steps` lives.
+        let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
+        self.set(libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+    }
+
     /// Sets how long [`Socket::receive`] waits.
     pub fn set_receive_timeout(&self, timeout: std::time::Duration) -> io::Result<()> {
         let timeout = libc::timeval {
