@@ -25,6 +25,7 @@ pub mod resolv;
 mod runtime;
 mod sandbox;
 mod server;
+mod spdy;
 pub mod status;
 mod stream;
 mod volume;

@@ -1,6 +1,6 @@
 //! The kubelet's HTTP API on a connection that somebody else accepted and authorised.
 //!
-//! `/containerLogs/{namespace}/{pod}/{container}`, and over WebSocket `/exec/…`, `/attach/…` and `/portForward/{namespace}/{pod}`,
+//! `/containerLogs/{namespace}/{pod}/{container}`, and over WebSocket or SPDY `/exec/…`, `/attach/…` and `/portForward/{namespace}/{pod}`,
 //! as the API server of Kubernetes calls them. Errors are Status objects, so that they can be passed on as they are.
 
 use std::convert::Infallible;
@@ -150,19 +150,15 @@ async fn route(kubelet: &Kubelet, request: Request<Incoming>) -> Result<Response
                     return Err(Refusal::bad_request("you must specify at least 1 command for the container"));
                 }
                 let context = kubelet.inner.context.clone();
-                stream::upgrade(request, stream::CHANNELS, move |socket, protocol| {
-                    stream::exec(context, run, command, options, socket, protocol)
-                })
+                stream::connect(request, options, move |client| stream::exec(context, run, command, options, client))
             } else {
-                stream::upgrade(request, stream::CHANNELS, move |socket, protocol| {
-                    stream::attach(run, access.stdin_once, options, socket, protocol)
-                })
+                stream::connect(request, options, move |client| stream::attach(run, access.stdin_once, options, client))
             }
         }
         ["portForward", namespace, pod] | ["portForward", namespace, pod, _] => {
             let shared = find_pod(kubelet, namespace, pod)?;
             let sandbox = shared.sandbox().ok_or_else(|| Refusal::bad_request(format!("pod {pod} is not running")))?;
-            stream::port_forward(request, sandbox, &query)
+            stream::port_forward(request, sandbox, format!("{namespace}/{pod}"), &query)
         }
         _ => Err(Refusal::not_found("the kubelet serves no such path")),
     }
@@ -304,12 +300,21 @@ impl<S: futures::Stream + Unpin> futures::Stream for SyncStream<S> {
 
 /// Whether the client asks for a WebSocket.
 pub(crate) fn wants_websocket(headers: &HeaderMap) -> bool {
+    wants(headers, "websocket")
+}
+
+/// Whether the client asks for SPDY.
+pub(crate) fn wants_spdy(headers: &HeaderMap) -> bool {
+    wants(headers, "SPDY/3.1")
+}
+
+fn wants(headers: &HeaderMap, protocol: &str) -> bool {
     let has = |name, token: &str| {
         headers.get_all(name).iter().any(|value: &http::HeaderValue| {
             value.to_str().is_ok_and(|v| v.split(',').any(|part| part.trim().eq_ignore_ascii_case(token)))
         })
     };
-    has(CONNECTION, "upgrade") && has(UPGRADE, "websocket")
+    has(CONNECTION, "upgrade") && has(UPGRADE, protocol)
 }
 
 #[cfg(test)]

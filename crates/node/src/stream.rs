@@ -1,11 +1,14 @@
-//! exec, attach and port-forward over WebSocket.
+//! exec, attach and port-forward, over WebSocket or SPDY.
 //!
-//! Source: Kubernetes "streaming protocols" (`v4.channel.k8s.io`, `v5.channel.k8s.io`, KEP-4006). The first byte of a message is
-//! its channel: 0 stdin, 1 stdout, 2 stderr, 3 the final Status, 4 terminal size, 255 (v5) the closing of another channel.
+//! Source: Kubernetes "streaming protocols" (`v4.channel.k8s.io`, `v5.channel.k8s.io`, KEP-4006). On a WebSocket the first byte
+//! of a message is its channel: 0 stdin, 1 stdout, 2 stderr, 3 the final Status, 4 terminal size, 255 (v5) the closing of another
+//! channel. On SPDY each channel is a stream that the client opens, named by its header `streamType`.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use base64::Engine;
 use bytes::Bytes;
@@ -13,13 +16,15 @@ use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
 use http::header::{CONNECTION, HeaderName, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, UPGRADE};
 use http::{HeaderValue, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Empty, Full};
 use hyper::body::Incoming;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{broadcast, mpsc};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode};
 use tokio_tungstenite::tungstenite::{Message, handshake::derive_accept_key};
@@ -28,11 +33,19 @@ use crate::container::{self, ConsoleSocket, OUTPUT_GRACE, Running, Terminal};
 use crate::kubelet::NodeContext;
 use crate::log::Stream;
 use crate::sandbox::Sandbox;
-use crate::server::{Body, Query, Refusal, wants_websocket};
+use crate::server::{Body, Query, Refusal, wants_spdy, wants_websocket};
+use crate::spdy::session::{Reader, Session, Stream as SpdyStream, Writer};
 
-/// Protocols of exec and attach, best first.
-pub(crate) const CHANNELS: &[&str] =
+/// Protocols of exec and attach on a WebSocket, best first.
+const CHANNELS: &[&str] =
     &["v5.channel.k8s.io", "v4.channel.k8s.io", "channel.k8s.io", "v4.base64.channel.k8s.io", "base64.channel.k8s.io"];
+/// The same on SPDY; what is new in v5 is for WebSockets.
+const SPDY_CHANNELS: &[&str] = &["v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io"];
+const SPDY_PORT_FORWARD: &[&str] = &["portforward.k8s.io"];
+/// Names the protocol on SPDY, in the request and in the answer.
+const PROTOCOL_VERSION: HeaderName = HeaderName::from_static("x-stream-protocol-version");
+/// Lists what the server knows when it knows none of a client's protocols.
+const ACCEPTED_VERSIONS: HeaderName = HeaderName::from_static("x-accepted-stream-protocol-versions");
 
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
@@ -44,6 +57,10 @@ const CLOSE: u8 = 255;
 /// Larger messages from a client are refused; clients send 32 KiB at most.
 const MAX_MESSAGE: usize = 1 << 20;
 const BUFFER: usize = 32 * 1024;
+/// How long a client has to open the streams that belong together.
+const STREAM_CREATION: Duration = Duration::from_secs(30);
+/// More connections at once through one port-forward are refused.
+const MAX_FORWARDED: usize = 512;
 
 pub(crate) type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
@@ -75,11 +92,14 @@ pub(crate) struct Protocol {
     base64: bool,
     /// Whether the final Status is JSON (v4 and later) or an error text.
     status_json: bool,
+    /// Whether a terminal's size is sent (on SPDY since v3).
+    resize: bool,
 }
 
 impl Protocol {
     fn named(name: &str) -> Protocol {
-        Protocol { base64: name.contains("base64"), status_json: name.starts_with('v') }
+        let status_json = ["v4.", "v5."].iter().any(|version| name.starts_with(version));
+        Protocol { base64: name.contains("base64"), status_json, resize: status_json || name.starts_with("v3.") }
     }
 
     fn message(self, channel: u8, data: &[u8]) -> Message {
@@ -110,8 +130,247 @@ impl Protocol {
     }
 }
 
+/// Answers the handshake of a client of exec or attach and runs `work` for it.
+pub(crate) fn connect<F>(
+    request: Request<Incoming>,
+    options: StreamOptions,
+    work: impl FnOnce(Client) -> F + Send + 'static,
+) -> Result<Response<Body>, Refusal>
+where
+    F: Future<Output = ()> + Send,
+{
+    if !wants_spdy(request.headers()) {
+        return upgrade(request, CHANNELS, move |socket, protocol| work(Client::on_websocket(socket, protocol)));
+    }
+    upgrade_spdy(request, SPDY_CHANNELS, move |session, protocol| async move {
+        match tokio::time::timeout(STREAM_CREATION, open_channels(session, options, protocol)).await {
+            Ok(Some((session, channels))) => work(Client::on_spdy(session, channels, protocol)).await,
+            Ok(None) => tracing::debug!("a client went away before it had opened its streams"),
+            Err(_) => tracing::debug!("a client did not open its streams in time"),
+        }
+    })
+}
+
+/// Answers a SPDY handshake and runs `work` on the connection.
+fn upgrade_spdy<F>(
+    mut request: Request<Incoming>,
+    protocols: &[&'static str],
+    work: impl FnOnce(Session, Protocol) -> F + Send + 'static,
+) -> Result<Response<Body>, Refusal>
+where
+    F: Future<Output = ()> + Send,
+{
+    let offered = list(&request, PROTOCOL_VERSION);
+    // The client's order is its preference; one that offers nothing speaks the oldest form.
+    let chosen = if offered.is_empty() {
+        protocols.last().copied()
+    } else {
+        offered.iter().find_map(|offer| protocols.iter().find(|p| *p == offer).copied())
+    };
+    let Some(chosen) = chosen else {
+        let text = format!(
+            "unable to upgrade: unable to negotiate protocol: client supports [{}], server accepts [{}]",
+            offered.join(" "),
+            protocols.join(" ")
+        );
+        let mut response = Response::new(Full::new(Bytes::from(text)).boxed());
+        *response.status_mut() = StatusCode::FORBIDDEN;
+        for protocol in protocols {
+            response.headers_mut().append(ACCEPTED_VERSIONS, HeaderValue::from_static(protocol));
+        }
+        return Ok(response);
+    };
+    let upgrading = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        match upgrading.await {
+            Ok(upgraded) => work(Session::start(TokioIo::new(upgraded)), Protocol::named(chosen)).await,
+            Err(error) => tracing::debug!(%error, "upgrade failed"),
+        }
+    });
+    let mut response = Response::new(Empty::new().boxed());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(UPGRADE, HeaderValue::from_static("SPDY/3.1"));
+    headers.insert(PROTOCOL_VERSION, HeaderValue::from_static(chosen));
+    Ok(response)
+}
+
+/// The streams of an exec or attach, by channel.
+type Channels = [Option<(Reader, Writer)>; 5];
+
+/// Which channels a client of these options opens.
+fn expected_channels(options: StreamOptions, protocol: Protocol) -> [bool; 5] {
+    [options.stdin, options.stdout, options.stderr, true, options.tty && protocol.resize]
+}
+
+fn channel_named(name: &str) -> Option<u8> {
+    match name {
+        "stdin" => Some(STDIN),
+        "stdout" => Some(STDOUT),
+        "stderr" => Some(STDERR),
+        "error" => Some(ERROR),
+        "resize" => Some(RESIZE),
+        _ => None,
+    }
+}
+
+/// Accepts the expected streams and refuses others; `None` when the client goes away.
+async fn open_channels(
+    mut session: Session,
+    options: StreamOptions,
+    protocol: Protocol,
+) -> Option<(Session, Channels)> {
+    let expected = expected_channels(options, protocol);
+    let mut channels = Channels::default();
+    while expected.iter().zip(&channels).any(|(expected, channel)| *expected && channel.is_none()) {
+        let stream = session.next().await?;
+        let index = stream.headers().get("streamtype").and_then(channel_named).map(usize::from);
+        match index.filter(|i| expected[*i] && channels[*i].is_none()) {
+            Some(i) => channels[i] = Some(stream.accept().await),
+            None => {
+                tracing::debug!(headers = ?stream.headers(), "a stream that does not belong here is refused");
+                stream.refuse().await;
+            }
+        }
+    }
+    Some((session, channels))
+}
+
+/// What a client says.
+enum Said {
+    Input(Bytes),
+    EndOfInput,
+    Window(u16, u16),
+}
+
+/// Where it says it.
+enum Source {
+    WebSocket(SplitStream<Socket>, Protocol),
+    Spdy { input: Option<Reader>, sizes: Option<Reader>, size: Vec<u8>, gone: tokio_util::sync::CancellationToken },
+}
+
+impl Source {
+    /// What comes next; `None` when the client is gone.
+    async fn next(&mut self) -> Option<Said> {
+        match self {
+            Source::WebSocket(source, protocol) => loop {
+                let message = source.next().await?.ok()?;
+                if matches!(message, Message::Close(_)) {
+                    return None;
+                }
+                let Some((channel, data)) = protocol.parse(message) else { continue };
+                match channel {
+                    STDIN => return Some(Said::Input(data)),
+                    RESIZE => {
+                        if let Some((columns, rows)) = window(&data) {
+                            return Some(Said::Window(columns, rows));
+                        }
+                    }
+                    // Only the input can be closed by a client.
+                    CLOSE if data.first() == Some(&STDIN) => return Some(Said::EndOfInput),
+                    _ => {}
+                }
+            },
+            Source::Spdy { input, sizes, size, gone } => loop {
+                tokio::select! {
+                    biased;
+                    Some(piece) = next_piece(sizes) => match piece {
+                        Some(piece) => if let Some((columns, rows)) = last_window(size, &piece) {
+                            return Some(Said::Window(columns, rows));
+                        },
+                        None => *sizes = None,
+                    },
+                    Some(piece) = next_piece(input) => match piece {
+                        Some(piece) => return Some(Said::Input(piece)),
+                        None => {
+                            *input = None;
+                            if !gone.is_cancelled() {
+                                return Some(Said::EndOfInput);
+                            }
+                        }
+                    },
+                    () = gone.cancelled() => return None,
+                }
+            },
+        }
+    }
+}
+
+/// `None` if there is no such stream, and `Some(None)` when it has ended.
+async fn next_piece(reader: &mut Option<Reader>) -> Option<Option<Bytes>> {
+    match reader {
+        Some(reader) => Some(reader.next().await),
+        None => None,
+    }
+}
+
+/// Adds to a stream of JSON objects and takes out the last whole terminal size.
+fn last_window(pending: &mut Vec<u8>, piece: &[u8]) -> Option<(u16, u16)> {
+    pending.extend_from_slice(piece);
+    let mut objects = serde_json::Deserializer::from_slice(pending).into_iter::<Value>();
+    let mut last = None;
+    let mut broken = false;
+    let mut taken = 0;
+    while let Some(object) = objects.next() {
+        match object {
+            Ok(size) => {
+                last = window_of(&size).or(last);
+                taken = objects.byte_offset();
+            }
+            Err(error) => {
+                broken = !error.is_eof();
+                break;
+            }
+        }
+    }
+    // What can never become a size is dropped.
+    if broken || pending.len() - taken > 4096 {
+        pending.clear();
+    } else {
+        pending.drain(..taken);
+    }
+    last
+}
+
+/// Somebody to whom a command or a container is connected, whatever the transport.
+pub(crate) struct Client {
+    source: Source,
+    out: Outgoing,
+    writer: JoinHandle<()>,
+}
+
+impl Client {
+    fn on_websocket(socket: Socket, protocol: Protocol) -> Client {
+        let (sink, source) = socket.split();
+        let (out, writer) = Outgoing::start(sink, protocol);
+        Client { source: Source::WebSocket(source, protocol), out, writer }
+    }
+
+    fn on_spdy(session: Session, channels: Channels, protocol: Protocol) -> Client {
+        let (readers, writers): (Vec<_>, Vec<_>) =
+            channels.into_iter().map(|channel| channel.map_or((None, None), |(r, w)| (Some(r), Some(w)))).unzip();
+        let mut readers = readers.into_iter();
+        let (input, sizes) = (readers.next().flatten(), readers.last().flatten());
+        let source = Source::Spdy { input, sizes, size: Vec::new(), gone: session.gone() };
+        let (sender, mut receiver) = mpsc::channel::<(u8, Bytes)>(8);
+        let writer = tokio::spawn(async move {
+            while let Some((channel, data)) = receiver.recv().await {
+                if let Some(Some(writer)) = writers.get(usize::from(channel)) {
+                    writer.send(data).await;
+                }
+            }
+            for writer in writers.into_iter().flatten() {
+                writer.finish().await;
+            }
+            session.close().await;
+        });
+        Client { source, out: Outgoing { sender, protocol }, writer }
+    }
+}
+
 /// Answers a WebSocket handshake and runs `work` on the socket.
-pub(crate) fn upgrade<F>(
+fn upgrade<F>(
     mut request: Request<Incoming>,
     protocols: &[&'static str],
     work: impl FnOnce(Socket, Protocol) -> F + Send + 'static,
@@ -165,20 +424,20 @@ fn list(request: &Request<Incoming>, name: HeaderName) -> Vec<String> {
     parts.map(|p| p.trim().to_string()).filter(|p| !p.is_empty()).collect()
 }
 
-/// Sends messages to the client from several tasks. Full means that the client is slow, and the container waits.
+/// Sends to the channels of a client from several tasks. Full means that the client is slow, and the container waits.
 #[derive(Clone)]
 struct Outgoing {
-    sender: mpsc::Sender<Message>,
+    sender: mpsc::Sender<(u8, Bytes)>,
     protocol: Protocol,
 }
 
 impl Outgoing {
     /// Starts the task that writes; it ends when all senders are gone or the client is.
-    fn start(mut sink: SplitSink<Socket, Message>, protocol: Protocol) -> (Outgoing, tokio::task::JoinHandle<()>) {
-        let (sender, mut receiver) = mpsc::channel::<Message>(8);
+    fn start(mut sink: SplitSink<Socket, Message>, protocol: Protocol) -> (Outgoing, JoinHandle<()>) {
+        let (sender, mut receiver) = mpsc::channel::<(u8, Bytes)>(8);
         let task = tokio::spawn(async move {
-            while let Some(message) = receiver.recv().await {
-                if sink.send(message).await.is_err() {
+            while let Some((channel, data)) = receiver.recv().await {
+                if sink.send(protocol.message(channel, &data)).await.is_err() {
                     return;
                 }
             }
@@ -190,7 +449,7 @@ impl Outgoing {
     }
 
     async fn send(&self, channel: u8, data: &[u8]) -> bool {
-        self.sender.send(self.protocol.message(channel, data)).await.is_ok()
+        self.sender.send((channel, Bytes::copy_from_slice(data))).await.is_ok()
     }
 
     async fn copy(&self, channel: u8, stream: Option<impl AsyncRead + Unpin>) {
@@ -204,10 +463,11 @@ impl Outgoing {
     }
 
     async fn finish(&self, result: &Result<i32, String>) {
+        let status = final_status(result);
         if self.protocol.status_json {
-            self.send(ERROR, final_status(result).to_string().as_bytes()).await;
-        } else if let Err(reason) = result {
-            self.send(ERROR, reason.as_bytes()).await;
+            self.send(ERROR, status.to_string().as_bytes()).await;
+        } else if let Some(message) = status["message"].as_str() {
+            self.send(ERROR, message.as_bytes()).await;
         }
     }
 }
@@ -237,15 +497,11 @@ enum Input {
     None,
 }
 
-/// Reads the client's messages until it goes away.
-async fn take_input(mut source: SplitStream<Socket>, protocol: Protocol, mut input: Input, terminal: Option<Terminal>) {
-    while let Some(Ok(message)) = source.next().await {
-        if matches!(message, Message::Close(_)) {
-            return;
-        }
-        let Some((channel, data)) = protocol.parse(message) else { continue };
-        match channel {
-            STDIN => match &mut input {
+/// Passes on what the client says until it goes away.
+async fn take_input(mut source: Source, mut input: Input, terminal: Option<Terminal>) {
+    while let Some(said) = source.next().await {
+        match said {
+            Said::Input(data) => match &mut input {
                 Input::Pipe(pipe) => {
                     if pipe.write_all(&data).await.is_err() || pipe.flush().await.is_err() {
                         // The program does not read any more; it may still run and print.
@@ -257,28 +513,27 @@ async fn take_input(mut source: SplitStream<Socket>, protocol: Protocol, mut inp
                 }
                 Input::None => {}
             },
-            RESIZE => {
-                if let Some(terminal) = &terminal
-                    && let Some((columns, rows)) = window(&data)
-                {
+            Said::Window(columns, rows) => {
+                if let Some(terminal) = &terminal {
                     terminal.resize(columns, rows);
                 }
             }
-            // Only the input can be closed by a client.
-            CLOSE if data.first() == Some(&STDIN) => {
+            Said::EndOfInput => {
                 if let Input::Terminal(terminal) = &input {
                     // End of file is a key on a terminal.
                     let _ = terminal.write_all(&[4]).await;
                 }
                 input = Input::None;
             }
-            _ => {}
         }
     }
 }
 
 fn window(data: &[u8]) -> Option<(u16, u16)> {
-    let size: Value = serde_json::from_slice(data).ok()?;
+    window_of(&serde_json::from_slice(data).ok()?)
+}
+
+fn window_of(size: &Value) -> Option<(u16, u16)> {
     let get = |name: &str| size.get(name).and_then(Value::as_u64).and_then(|n| u16::try_from(n).ok());
     Some((get("Width")?, get("Height")?))
 }
@@ -289,17 +544,15 @@ pub(crate) async fn exec(
     run: Arc<Running>,
     command: Vec<String>,
     options: StreamOptions,
-    socket: Socket,
-    protocol: Protocol,
+    client: Client,
 ) {
-    let (sink, source) = socket.split();
-    let (out, writer) = Outgoing::start(sink, protocol);
+    let Client { source, out, writer } = client;
     let result = run_command(&context, &run, &command, options, source, &out).await;
     if let Some(result) = result {
         out.finish(&result).await;
     }
     drop(out);
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(10), writer).await;
+    let _ = tokio::time::timeout(Duration::from_secs(10), writer).await;
 }
 
 /// The exit code, or why it could not be run; `None` when the client went away.
@@ -308,7 +561,7 @@ async fn run_command(
     run: &Running,
     command: &[String],
     options: StreamOptions,
-    source: SplitStream<Socket>,
+    source: Source,
     out: &Outgoing,
 ) -> Option<Result<i32, String>> {
     let console = if options.tty {
@@ -345,7 +598,7 @@ async fn run_command(
                 }
             }
         };
-        return attend(&mut exec, output, take_input(source, out.protocol, input, Some(terminal))).await;
+        return attend(&mut exec, output, take_input(source, input, Some(terminal))).await;
     }
     let input = match exec.child.stdin.take() {
         Some(stdin) => Input::Pipe(Box::new(stdin)),
@@ -353,7 +606,7 @@ async fn run_command(
     };
     let (stdout, stderr) = (exec.child.stdout.take(), exec.child.stderr.take());
     let output = async { tokio::join!(out.copy(STDOUT, stdout), out.copy(STDERR, stderr)) };
-    attend(&mut exec, output, take_input(source, out.protocol, input, None)).await
+    attend(&mut exec, output, take_input(source, input, None)).await
 }
 
 /// Moves data both ways until the command ends or the client goes away.
@@ -382,16 +635,9 @@ async fn attend<T>(
 }
 
 /// Connects a client to the main process of a container.
-pub(crate) async fn attach(
-    run: Arc<Running>,
-    stdin_once: bool,
-    options: StreamOptions,
-    socket: Socket,
-    protocol: Protocol,
-) {
+pub(crate) async fn attach(run: Arc<Running>, stdin_once: bool, options: StreamOptions, client: Client) {
     let mut live = run.sink.subscribe();
-    let (sink, source) = socket.split();
-    let (out, writer) = Outgoing::start(sink, protocol);
+    let Client { source, out, writer } = client;
     let pipe = options.stdin.then(|| container::take_stdin(&run)).flatten();
     let input = match (&run.terminal, pipe.as_ref().and_then(|fd| fd.try_clone().ok())) {
         (Some(terminal), _) if options.stdin => Input::Terminal(terminal.clone()),
@@ -419,7 +665,7 @@ pub(crate) async fn attach(
             }
         }
     });
-    let input = take_input(source, protocol, input, terminal);
+    let input = take_input(source, input, terminal);
     let ended = tokio::select! {
         () = run.gone.cancelled() => true,
         () = output.as_mut() => false,
@@ -437,7 +683,7 @@ pub(crate) async fn attach(
                 () = output.as_mut() => {}
                 _ = async {
                     let _ = progress.wait_for(|p| p.closed).await;
-                    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                    tokio::time::sleep(Duration::from_millis(20)).await;
                 } => {}
             }
         };
@@ -446,7 +692,7 @@ pub(crate) async fn attach(
     }
     drop(output);
     drop(out);
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(10), writer).await;
+    let _ = tokio::time::timeout(Duration::from_secs(10), writer).await;
 }
 
 fn pipe_sender(fd: OwnedFd) -> Option<tokio::net::unix::pipe::Sender> {
@@ -465,12 +711,17 @@ async fn dial_inside(sandbox: &Sandbox, port: u16) -> std::io::Result<tokio::net
     Err(last.unwrap_or_else(|| std::io::Error::other("no address")))
 }
 
-/// Port-forward over WebSocket channels: for the i-th port, channel 2i is data and 2i+1 is its error.
+/// Port-forward. On a WebSocket channel 2i is the data of the i-th port of the query and 2i+1 its error; on SPDY the client opens
+/// a pair of streams for each connection that it forwards.
 pub(crate) fn port_forward(
     request: Request<Incoming>,
     sandbox: Sandbox,
+    pod: String,
     query: &Query,
 ) -> Result<Response<Body>, Refusal> {
+    if wants_spdy(request.headers()) {
+        return upgrade_spdy(request, SPDY_PORT_FORWARD, move |session, _| forward_pairs(sandbox, pod, session));
+    }
     let mut ports = Vec::new();
     for text in query.all("ports").chain(query.all("port")).flat_map(|list| list.split(',')) {
         let port = text.trim().parse::<u16>().ok().filter(|p| *p > 0);
@@ -531,7 +782,7 @@ async fn forward(sandbox: Sandbox, ports: Vec<u16>, socket: Socket, protocol: Pr
     }
     senders.clear();
     tasks.shutdown().await;
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(10), writer).await;
+    let _ = tokio::time::timeout(Duration::from_secs(10), writer).await;
 }
 
 async fn forward_one(sandbox: Sandbox, port: u16, index: u8, mut incoming: mpsc::Receiver<Bytes>, out: Outgoing) {
@@ -559,6 +810,167 @@ async fn forward_one(sandbox: Sandbox, port: u16, index: u8, mut incoming: mpsc:
     }
 }
 
+/// Whether a stream of a port-forward carries data or errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PairPart {
+    Data,
+    Error,
+}
+
+/// What the headers of a stream of a port-forward say: which half of which pair it is, and the port.
+///
+/// Clients that send no `requestID` open the error stream directly before the data stream, so that their numbers tell.
+fn pair_part(
+    stream_type: Option<&str>,
+    port: Option<&str>,
+    request: Option<&str>,
+    number: u32,
+) -> Result<(PairPart, String, u16), String> {
+    let port = port.filter(|p| !p.is_empty()).ok_or("\"port\" header is required")?;
+    let port = port.parse::<u16>().ok().filter(|p| *p > 0).ok_or_else(|| format!("invalid port {port:?}"))?;
+    let part = match stream_type {
+        Some("data") => PairPart::Data,
+        Some("error") => PairPart::Error,
+        None | Some("") => return Err("\"streamType\" header is required".into()),
+        Some(other) => return Err(format!("invalid stream type {other:?}")),
+    };
+    let pair = match request.filter(|id| !id.is_empty()) {
+        Some(id) => id.to_string(),
+        None => match part {
+            PairPart::Error => number.to_string(),
+            PairPart::Data => number.saturating_sub(2).to_string(),
+        },
+    };
+    Ok((part, pair, port))
+}
+
+/// A pair of which one stream has come.
+struct HalfPair {
+    part: PairPart,
+    stream: (Reader, Writer),
+    deadline: Instant,
+}
+
+/// Forwards connections, each with a data stream and an error stream, until the client is gone.
+async fn forward_pairs(sandbox: Sandbox, pod: String, mut session: Session) {
+    let gone = session.gone();
+    let mut halves: HashMap<String, HalfPair> = HashMap::new();
+    let mut tasks = tokio::task::JoinSet::new();
+    loop {
+        let deadline = halves.values().map(|half| half.deadline).min();
+        tokio::select! {
+            stream = session.next() => {
+                let Some(stream) = stream else { break };
+                let Some((data, error, port)) = match_pair(stream, &mut halves, tasks.len()).await else { continue };
+                tasks.spawn(forward_pair(sandbox.clone(), pod.clone(), port, data, error));
+            }
+            Some(_) = tasks.join_next() => {}
+            () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                let now = Instant::now();
+                for (id, half) in halves.extract_if(|_, half| half.deadline <= now) {
+                    tracing::debug!(id, "the other stream of a forwarded connection did not come in time");
+                    let (_, writer) = half.stream;
+                    if half.part == PairPart::Error {
+                        writer.send(Bytes::from_static(b"timeout waiting for pair")).await;
+                    }
+                    writer.finish().await;
+                }
+            }
+            () = gone.cancelled() => break,
+        }
+    }
+    halves.clear();
+    tasks.shutdown().await;
+    session.close().await;
+}
+
+/// Accepts a stream and gives the pair that it completes: data, error and port.
+async fn match_pair(
+    stream: SpdyStream,
+    halves: &mut HashMap<String, HalfPair>,
+    forwarding: usize,
+) -> Option<((Reader, Writer), (Reader, Writer), u16)> {
+    let headers = stream.headers();
+    let found = pair_part(headers.get("streamtype"), headers.get("port"), headers.get("requestid"), stream.number());
+    let (part, id, port) = match found {
+        Ok(found) if forwarding + halves.len() < MAX_FORWARDED => found,
+        Ok(_) => {
+            stream.refuse().await;
+            return None;
+        }
+        Err(reason) => {
+            tracing::debug!(reason, "a stream of a port-forward is refused");
+            stream.refuse().await;
+            return None;
+        }
+    };
+    match halves.remove(&id) {
+        None => {
+            let half = HalfPair { part, stream: stream.accept().await, deadline: Instant::now() + STREAM_CREATION };
+            halves.insert(id, half);
+            None
+        }
+        Some(half) if half.part == part => {
+            tracing::debug!(id, "a stream of a port-forward came twice");
+            stream.refuse().await;
+            halves.insert(id, half);
+            None
+        }
+        Some(half) => {
+            let stream = stream.accept().await;
+            let (data, error) = if part == PairPart::Data { (stream, half.stream) } else { (half.stream, stream) };
+            Some((data, error, port))
+        }
+    }
+}
+
+async fn forward_pair(
+    sandbox: Sandbox,
+    pod: String,
+    port: u16,
+    (mut incoming, out): (Reader, Writer),
+    (_, errors): (Reader, Writer),
+) {
+    match dial_inside(&sandbox, port).await {
+        Err(e) => {
+            let text = format!(
+                "error forwarding port {port} to pod {pod}: failed to connect to localhost:{port} inside the pod: {e}"
+            );
+            errors.send(text.into()).await;
+        }
+        Ok(connection) => {
+            let (mut read, mut write) = connection.into_split();
+            let up = async {
+                while let Some(data) = incoming.next().await {
+                    if write.write_all(&data).await.is_err() {
+                        break;
+                    }
+                }
+                if !incoming.is_reset() {
+                    let _ = write.shutdown().await;
+                    // The pod may go on sending; the client may still give up.
+                    while incoming.next().await.is_some() {}
+                    incoming.reset().await;
+                }
+            };
+            let down = async {
+                let mut buffer = vec![0; BUFFER];
+                while let Ok(n) = read.read(&mut buffer).await {
+                    if n == 0 || !out.send(Bytes::copy_from_slice(&buffer[..n])).await {
+                        break;
+                    }
+                }
+            };
+            tokio::select! {
+                () = up => {}
+                () = down => {}
+            }
+        }
+    }
+    out.finish().await;
+    errors.finish().await;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -582,6 +994,54 @@ mod tests {
         assert_eq!(failed["reason"], "NonZeroExitCode");
         assert_eq!(failed["details"]["causes"][0], json!({"reason": "ExitCode", "message": "7"}));
         assert_eq!(final_status(&Err("x".into()))["reason"], "InternalError");
+    }
+
+    #[test]
+    fn old_protocols_get_less() {
+        let rows = [
+            ("v5.channel.k8s.io", true, true),
+            ("v4.channel.k8s.io", true, true),
+            ("v3.channel.k8s.io", false, true),
+            ("v2.channel.k8s.io", false, false),
+            ("channel.k8s.io", false, false),
+        ];
+        for (name, status_json, resize) in rows {
+            assert_eq!(Protocol::named(name), Protocol { base64: false, status_json, resize }, "{name}");
+        }
+        let tty = StreamOptions { stdin: true, stdout: true, stderr: false, tty: true };
+        assert_eq!(expected_channels(tty, Protocol::named("v4.channel.k8s.io")), [true, true, false, true, true]);
+        assert_eq!(expected_channels(tty, Protocol::named("v2.channel.k8s.io")), [true, true, false, true, false]);
+    }
+
+    #[test]
+    fn streams_of_a_forwarded_connection_find_each_other() {
+        let data = |id: &str| Ok((PairPart::Data, id.to_string(), 80));
+        let error = |id: &str| Ok((PairPart::Error, id.to_string(), 80));
+        let no = |reason: &str| Err(reason.to_string());
+        let rows = [
+            ((Some("data"), Some("80"), Some("7")), data("7")),
+            ((Some("error"), Some("80"), Some("7")), error("7")),
+            ((Some("error"), Some("80"), None), error("5")),
+            ((Some("data"), Some("80"), None), data("3")),
+            ((Some("data"), None, Some("7")), no("\"port\" header is required")),
+            ((Some("data"), Some("0"), Some("7")), no("invalid port \"0\"")),
+            ((Some("data"), Some("65536"), Some("7")), no("invalid port \"65536\"")),
+            ((None, Some("80"), Some("7")), no("\"streamType\" header is required")),
+            ((Some("stdin"), Some("80"), Some("7")), no("invalid stream type \"stdin\"")),
+        ];
+        for ((stream_type, port, request), want) in rows {
+            assert_eq!(pair_part(stream_type, port, request, 5), want, "{stream_type:?} {port:?} {request:?}");
+        }
+    }
+
+    #[test]
+    fn window_sizes_come_in_any_pieces() {
+        let mut pending = Vec::new();
+        assert_eq!(last_window(&mut pending, br#"{"Width":80,"Hei"#), None);
+        assert_eq!(last_window(&mut pending, b"ght\":24}\n{\"Width\":81,\"Height\":25}\n{"), Some((81, 25)));
+        assert_eq!(last_window(&mut pending, br#""Width":1,"Height":2}"#), Some((1, 2)));
+        assert_eq!(last_window(&mut pending, b"nonsense"), None);
+        assert_eq!(last_window(&mut pending, br#"{"Width":3,"Height":4}"#), Some((3, 4)));
     }
 
     #[test]
