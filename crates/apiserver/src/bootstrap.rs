@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::catalog::Catalog;
 use crate::config::ServerConfig;
+use crate::rbac;
 use crate::server::Inner;
 use crate::services::{IP_ADDRESSES, SERVICE_CIDRS};
 use crate::store::{Key, Txn};
@@ -41,6 +42,18 @@ impl Boot<'_> {
         self.pipeline.create(txn, &entry, &namespace, value, SILENT).map(|_| ())
     }
 
+    /// Creates a role or binding, or gives it back what it has lost.
+    fn provide(&self, txn: &mut Txn, group: &str, plural: &str, value: Value) -> Result<(), Status> {
+        let entry = self.catalog.builtin_entry(group, "v1", plural);
+        let Some(old) = txn.get(&entry.collection, &Key::new("", meta::name(&value))).cloned() else {
+            return self.ensure(txn, group, plural, value);
+        };
+        match rbac::bootstrap::repaired(&old.value, &value) {
+            Some(new) => self.pipeline.update(txn, &entry, &old, new, SILENT).map(|_| ()),
+            None => Ok(()),
+        }
+    }
+
     /// Creates an object, or makes some of its fields right.
     fn publish(&self, txn: &mut Txn, group: &str, plural: &str, value: Value, fields: &[&str]) -> Result<(), Status> {
         let entry = self.catalog.builtin_entry(group, "v1", plural);
@@ -66,7 +79,7 @@ pub async fn run(
 ) -> Result<(), Status> {
     let now = Timestamp::now();
     let catalog = inner.catalog.load_full();
-    let boot = Boot { pipeline: Pipeline { server: inner, catalog: &catalog, now }, catalog: &catalog };
+    let boot = Boot { pipeline: Pipeline { server: inner, catalog: &catalog, now, user: None }, catalog: &catalog };
     inner
         .store
         .transact(|txn| {
@@ -96,6 +109,15 @@ pub async fn run(
                     "metadata": {"name": name}, "value": value, "description": text});
                 boot.ensure(txn, "scheduling.k8s.io", "priorityclasses", class)?;
             }
+            for (plural, objects) in [
+                ("clusterroles", rbac::bootstrap::cluster_roles()),
+                ("clusterrolebindings", rbac::bootstrap::cluster_role_bindings()),
+            ] {
+                for object in objects {
+                    boot.provide(txn, "rbac.authorization.k8s.io", plural, object)?;
+                }
+            }
+            rbac::aggregation::reconcile(txn, boot.pipeline)?;
             service_range(txn, &boot, config, now)?;
             let port = config.advertise.port();
             let service = service::kubernetes_service(&config.service_cidrs, port);

@@ -271,7 +271,7 @@ async fn reconcile(inner: &Arc<Inner>) -> Result<bool, Status> {
     inner
         .store
         .transact(|txn| {
-            let pipeline = Pipeline { server: inner, catalog: &catalog, now };
+            let pipeline = Pipeline { server: inner, catalog: &catalog, now, user: None };
             let all: Vec<_> = txn.state().list(COLLECTION, None).cloned().collect();
             let mut terminating = false;
             for object in &all {

@@ -13,9 +13,9 @@
 //!
 //! # What authenticated users may do
 //!
-//! Members of `system:masters` and the cluster's own components may do everything. So may every other authenticated
-//! user and every ServiceAccount: Role and ClusterRole objects are stored but not evaluated yet. Anonymous requests
-//! reach only `/healthz`, `/livez`, `/readyz` and `/version`.
+//! Members of `system:masters`, and with them the cluster's own components, may do everything. Everybody else may do
+//! what the Roles and ClusterRoles bound to them allow ([`rbac`]); anonymous requests reach only `/healthz`, `/livez`,
+//! `/readyz` and `/version`.
 
 mod admission;
 mod auth;
@@ -31,6 +31,7 @@ mod negotiate;
 mod openapi;
 mod path;
 mod pki;
+mod rbac;
 mod response;
 mod review;
 mod server;

@@ -148,7 +148,8 @@ impl Query {
     }
 }
 
-fn decode_path(text: &str) -> String {
+/// Undoes the percent encoding of a path segment or header name.
+pub fn decode_path(text: &str) -> String {
     decode(text, false)
 }
 

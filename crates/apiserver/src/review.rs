@@ -6,8 +6,9 @@ use portolan_api::status::Status;
 use portolan_api::strict;
 use serde_json::{Value, json};
 
-use crate::auth::{self, Attributes, User};
+use crate::auth::{Attributes, User};
 use crate::negotiate;
+use crate::rbac;
 use crate::response::Body;
 use crate::verbs::{Call, answer_value, write_options};
 
@@ -25,8 +26,8 @@ pub async fn run(call: &Call) -> Result<Response<Body>, Status> {
     let status = match kind.kind.as_str() {
         "SelfSubjectReview" => json!({"userInfo": call.user.to_value()}),
         "TokenReview" => token_review(call, &review["spec"])?,
-        "SelfSubjectAccessReview" => access(&call.user, &review["spec"])?,
-        "SubjectAccessReview" => access(&subject(&review["spec"])?, &review["spec"])?,
+        "SelfSubjectAccessReview" => access(call, &call.user, &review["spec"])?,
+        "SubjectAccessReview" => access(call, &subject(&review["spec"])?, &review["spec"])?,
         "LocalSubjectAccessReview" => {
             let namespace = meta::text(&review, &["spec", "resourceAttributes", "namespace"]);
             if namespace != call.target.namespace.as_deref().unwrap_or_default() {
@@ -35,13 +36,14 @@ pub async fn run(call: &Call) -> Result<Response<Body>, Status> {
                     call.target.namespace.as_deref().unwrap_or_default()
                 )));
             }
-            access(&subject(&review["spec"])?, &review["spec"])?
+            access(call, &subject(&review["spec"])?, &review["spec"])?
         }
         "SelfSubjectRulesReview" => {
-            let all = call.user.groups.iter().any(|group| group == "system:authenticated");
-            let rules = if all { json!([{"verbs": ["*"], "apiGroups": ["*"], "resources": ["*"]}]) } else { json!([]) };
-            let urls = if all { json!([{"verbs": ["*"], "nonResourceURLs": ["*"]}]) } else { json!([]) };
-            json!({"resourceRules": rules, "nonResourceRules": urls, "incomplete": false})
+            let namespace = meta::text(&review, &["spec", "namespace"]);
+            if namespace.is_empty() {
+                return Err(Status::bad_request("no namespace on request"));
+            }
+            rbac::rules_review(&call.server.store.snapshot(), &call.user, namespace)
         }
         _ => return Err(Status::method_not_allowed()),
     };
@@ -59,7 +61,7 @@ fn subject(spec: &Value) -> Result<User, Status> {
     Ok(User { name: name.to_owned(), groups: groups.into_iter().map(str::to_owned).collect(), ..User::default() })
 }
 
-fn access(user: &User, spec: &Value) -> Result<Value, Status> {
+fn access(call: &Call, user: &User, spec: &Value) -> Result<Value, Status> {
     let resource = &spec["resourceAttributes"];
     let path = &spec["nonResourceAttributes"];
     if resource.is_null() == path.is_null() {
@@ -78,12 +80,25 @@ fn access(user: &User, spec: &Value) -> Result<Value, Status> {
             group: text(resource, "group"),
             resource: &full_resource,
             namespace: text(resource, "namespace"),
+            name: text(resource, "name"),
             path: "",
         }
     } else {
-        Attributes { verb: text(path, "verb"), group: "", resource: "", namespace: "", path: text(path, "path") }
+        Attributes {
+            verb: text(path, "verb"),
+            group: "",
+            resource: "",
+            namespace: "",
+            name: "",
+            path: text(path, "path"),
+        }
     };
-    Ok(json!({"allowed": auth::may(user, &attributes)}))
+    let decision = rbac::decide(&call.server.store.snapshot(), user, &attributes);
+    let mut status = json!({"allowed": decision.allowed});
+    if !decision.reason.is_empty() {
+        status["reason"] = json!(decision.reason);
+    }
+    Ok(status)
 }
 
 fn token_review(call: &Call, spec: &Value) -> Result<Value, Status> {

@@ -172,6 +172,7 @@ impl Server {
         }
         tasks.spawn(bootstrap::keep(inner.clone()));
         tasks.spawn(crate::crd::keep(inner.clone()));
+        tasks.spawn(crate::rbac::aggregation::keep(inner.clone()));
         Ok(Server { inner, authority, tasks })
     }
 
@@ -480,12 +481,8 @@ async fn route(
     long_running: &mut bool,
 ) -> Result<Response<Body>, Status> {
     let now = Timestamp::now();
-    let user = inner.authenticator.authenticate(
-        request.headers(),
-        certificate.as_ref(),
-        &inner.store.snapshot(),
-        now.as_second(),
-    )?;
+    let state = inner.store.snapshot();
+    let user = inner.authenticator.authenticate(request.headers(), certificate.as_ref(), &state, now.as_second())?;
     let path = request.uri().path().to_owned();
     let query = Query::parse(request.uri().query().unwrap_or_default());
     let accept = text_header(request.headers(), ACCEPT);
@@ -500,10 +497,8 @@ async fn route(
                 "DELETE" => "delete",
                 _ => "patch",
             };
-            let attributes = Attributes { verb, group: "", resource: "", namespace: "", path: &path };
-            if !auth::may(&user, &attributes) {
-                return Err(auth::refusal(&user, &attributes, None, ""));
-            }
+            let attributes = Attributes { verb, group: "", resource: "", namespace: "", name: "", path: &path };
+            auth::authorize(&state, &user, &attributes)?;
             if verb != "get" {
                 return Ok(answer(405, TEXT, full("405 method not allowed\n")));
             }
@@ -517,36 +512,34 @@ async fn route(
             });
         }
     };
-    let entry = match find(&catalog, &target) {
-        Ok(entry) => entry,
-        Err(missing) => {
-            let attributes = Attributes { verb: "get", group: "", resource: "", namespace: "", path: &path };
-            if !auth::may(&user, &attributes) {
-                return Err(auth::refusal(&user, &attributes, None, ""));
-            }
-            return missing.map_or_else(|| Ok(no_such_page()), Err);
-        }
-    };
     let watch = (target.watch_prefix || query.flag("watch"))
         && target.subresource.is_none()
         && (target.watch_prefix || target.name.is_none());
-    let verb = path::verb(request.method(), target.name.is_some(), watch).ok_or_else(Status::method_not_allowed)?;
-    labels.verb = verb.to_uppercase();
-    labels.resource.clone_from(&entry.kind.plural);
+    let entry = find(&catalog, &target);
+    let no_entry = |missing: Option<Status>| missing.map_or_else(|| Ok(no_such_page()), Err);
+    let Some(verb) = path::verb(request.method(), target.name.is_some(), watch) else {
+        return entry.map_or_else(no_entry, |_| Err(Status::method_not_allowed()));
+    };
     let resource = match &target.subresource {
         Some(subresource) => format!("{}/{subresource}", target.resource),
         None => target.resource.clone(),
     };
-    let attributes = Attributes {
-        verb,
-        group: &target.group,
-        resource: &resource,
-        namespace: target.namespace.as_deref().unwrap_or_default(),
-        path: "",
+    let selected = selected_name(&query, verb);
+    let name = target.name.as_deref().or(selected.as_deref()).unwrap_or_default();
+    // A Namespace is itself in the namespace that it is, so that a Role in it can allow reading it.
+    let namespace = match (&target.namespace, &target.name) {
+        (Some(namespace), _) => namespace.as_str(),
+        (None, Some(name)) if target.group.is_empty() && target.resource == "namespaces" => name.as_str(),
+        (None, _) => "",
     };
-    if !auth::may(&user, &attributes) {
-        return Err(auth::refusal(&user, &attributes, Some(&entry.kind), target.name.as_deref().unwrap_or_default()));
-    }
+    let attributes = Attributes { verb, group: &target.group, resource: &resource, namespace, name, path: "" };
+    auth::authorize(&state, &user, &attributes)?;
+    let entry = match entry {
+        Ok(entry) => entry,
+        Err(missing) => return no_entry(missing),
+    };
+    labels.verb = verb.to_uppercase();
+    labels.resource.clone_from(&entry.kind.plural);
     allowed(&entry, &target, verb)?;
     if let Some(subresource @ ("log" | "exec" | "attach" | "portforward" | "proxy")) = target.subresource.as_deref() {
         *long_running = true;
@@ -577,6 +570,17 @@ async fn route(
             Err(Status::new(504, "Timeout", text))
         }
     }
+}
+
+/// The one object that a list or watch is about by its field selector; a rule about that name allows it.
+fn selected_name(query: &Query, verb: &str) -> Option<String> {
+    if !matches!(verb, "list" | "watch") {
+        return None;
+    }
+    let selector = query.get("fieldSelector");
+    let name = selector.split(',').find_map(|term| term.trim().strip_prefix("metadata.name="))?;
+    let name = name.strip_prefix('=').unwrap_or(name);
+    (!name.is_empty() && !name.contains(['/', '%'])).then(|| name.to_owned())
 }
 
 /// What clients are told about a deprecated kind with every answer.

@@ -119,7 +119,7 @@ impl Call {
     }
 
     fn pipeline(&self) -> Pipeline<'_> {
-        Pipeline { server: &self.server, catalog: &self.catalog, now: self.now }
+        Pipeline { server: &self.server, catalog: &self.catalog, now: self.now, user: Some(&self.user) }
     }
 }
 

@@ -16,10 +16,12 @@ use serde_json::{Value, json};
 use super::options::{WriteOptions, revision};
 use super::{Call, render, value_in, write_answer};
 use crate::admission;
+use crate::auth::User;
 use crate::catalog::{Catalog, Entry};
 use crate::convert;
 use crate::crd;
 use crate::negotiate;
+use crate::rbac;
 use crate::response::Body;
 use crate::server::Inner;
 use crate::services;
@@ -65,6 +67,8 @@ pub struct Pipeline<'a> {
     pub catalog: &'a Arc<Catalog>,
     /// When.
     pub now: Timestamp,
+    /// Who writes; `None` for the server itself.
+    pub user: Option<&'a User>,
 }
 
 /// The type of a kind's documents.
@@ -98,6 +102,9 @@ impl Pipeline<'_> {
         let uid = uuid::Uuid::new_v4().to_string();
         convert::synchronize(kind, &mut new);
         defaulting::default(ty, &mut new);
+        if let Some(user) = self.user {
+            rbac::check_write(txn.state(), user, kind, &new, None)?;
+        }
         let generated = self.name(txn, entry, namespace, &mut new)?;
         // What the server adds from here on belongs to no field manager.
         strategy::prepare_create(kind, &mut new);
@@ -267,6 +274,9 @@ impl Pipeline<'_> {
         meta::remove(&mut new, &["metadata", "selfLink"]);
         convert::synchronize(kind, &mut new);
         defaulting::default(ty, &mut new);
+        if let Some(user) = self.user {
+            rbac::check_write(txn.state(), user, kind, &new, Some(&old_value))?;
+        }
         let changes = if kind.is("", "Service") && change.subresource.is_none() {
             portolan_api::service::drop_type_dependent_fields(&mut new, &old_value);
             let pools = self.server.pools.lock();
