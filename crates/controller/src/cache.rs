@@ -6,21 +6,28 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Debug;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use futures::StreamExt;
 use k8s_openapi::api::apps::v1::{ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet};
-use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::batch::v1::{CronJob, Job};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Endpoints, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, ReplicationController,
+    Service, ServiceAccount,
+};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::storage::v1::StorageClass;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use k8s_openapi::serde::de::DeserializeOwned;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+
+use crate::util::controller_of;
 
 /// What a cache can hold.
 pub trait Cached: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static {}
@@ -49,7 +56,63 @@ struct Entry<K> {
     unconfirmed: Option<u64>,
 }
 
+/// Objects of one kind by what controllers look for.
+struct Index<K> {
+    /// By namespace, label key and label value.
+    labels: HashMap<String, HashMap<String, HashMap<String, BTreeMap<String, Arc<K>>>>>,
+    /// By the uid of the controlling owner, then by namespace and name.
+    owners: HashMap<String, BTreeMap<(String, String), Arc<K>>>,
+}
+
+impl<K: Resource> Index<K> {
+    fn insert(&mut self, object: &Arc<K>) {
+        let meta = object.meta();
+        let (namespace, name) = key(&**object);
+        if let Some(labels) = meta.labels.as_ref().filter(|l| !l.is_empty()) {
+            let by_key = self.labels.entry(namespace.clone()).or_default();
+            for (label, value) in labels {
+                let by_value = by_key.entry(label.clone()).or_default();
+                by_value.entry(value.clone()).or_default().insert(name.clone(), object.clone());
+            }
+        }
+        if let Some(owner) = controller_of(&**object) {
+            self.owners.entry(owner.uid.clone()).or_default().insert((namespace, name), object.clone());
+        }
+    }
+
+    fn remove(&mut self, object: &K) {
+        let meta = object.meta();
+        let (namespace, name) = key(object);
+        if let Some(by_key) = self.labels.get_mut(&namespace) {
+            for (label, value) in meta.labels.iter().flatten() {
+                let Some(by_value) = by_key.get_mut(label) else { continue };
+                if let Some(objects) = by_value.get_mut(value) {
+                    objects.remove(&name);
+                    if objects.is_empty() {
+                        by_value.remove(value);
+                    }
+                }
+                if by_value.is_empty() {
+                    by_key.remove(label);
+                }
+            }
+            if by_key.is_empty() {
+                self.labels.remove(&namespace);
+            }
+        }
+        if let Some(owner) = controller_of(object)
+            && let Some(objects) = self.owners.get_mut(&owner.uid)
+        {
+            objects.remove(&(namespace, name));
+            if objects.is_empty() {
+                self.owners.remove(&owner.uid);
+            }
+        }
+    }
+}
+
 struct State<K> {
+    index: Index<K>,
     namespaces: HashMap<String, BTreeMap<String, Entry<K>>>,
     /// uids of objects that this process has seen deleted, until the watch says so too.
     gone: HashSet<String>,
@@ -64,6 +127,8 @@ struct Inner<K> {
     synced: watch::Sender<bool>,
     /// Keeps handler calls in the order of the changes.
     order: Mutex<()>,
+    /// Objects that readers have been given to look at.
+    examined: AtomicU64,
 }
 
 /// The cache of one kind. Cloning shares it.
@@ -87,11 +152,17 @@ impl<K: Cached> Informer<K> {
     /// An empty cache that nobody fills yet.
     pub fn new() -> Informer<K> {
         Informer(Arc::new(Inner {
-            state: RwLock::new(State { namespaces: HashMap::new(), gone: HashSet::new(), epoch: 0 }),
+            state: RwLock::new(State {
+                index: Index { labels: HashMap::new(), owners: HashMap::new() },
+                namespaces: HashMap::new(),
+                gone: HashSet::new(),
+                epoch: 0,
+            }),
             handlers: RwLock::new(Vec::new()),
             needed: AtomicBool::new(false),
             synced: watch::Sender::new(false),
             order: Mutex::new(()),
+            examined: AtomicU64::new(0),
         }))
     }
 
@@ -117,13 +188,66 @@ impl<K: Cached> Informer<K> {
     /// The objects of a namespace, by name.
     pub fn list(&self, namespace: &str) -> Vec<Arc<K>> {
         let state = self.0.state.read().expect(POISONED);
-        state.namespaces.get(namespace).into_iter().flat_map(|n| n.values()).map(|e| e.object.clone()).collect()
+        self.counted(state.namespaces.get(namespace).into_iter().flat_map(|n| n.values()).map(|e| &e.object))
+    }
+
+    /// The objects of a namespace with all these labels, by name. Costs as much as the rarest of the labels has objects; without
+    /// labels it is [`Informer::list`].
+    pub fn labelled<'a>(&self, namespace: &str, labels: impl IntoIterator<Item = (&'a str, &'a str)>) -> Vec<Arc<K>> {
+        let labels: Vec<(&str, &str)> = labels.into_iter().collect();
+        if labels.is_empty() {
+            return self.list(namespace);
+        }
+        let state = self.0.state.read().expect(POISONED);
+        let Some(by_key) = state.index.labels.get(namespace) else { return Vec::new() };
+        let mut rarest: Option<&BTreeMap<String, Arc<K>>> = None;
+        for (label, value) in &labels {
+            let Some(objects) = by_key.get(*label).and_then(|by_value| by_value.get(*value)) else { return Vec::new() };
+            if rarest.is_none_or(|r| objects.len() < r.len()) {
+                rarest = Some(objects);
+            }
+        }
+        let mut found = self.counted(rarest.into_iter().flat_map(|objects| objects.values()));
+        found.retain(|object| {
+            let own = object.meta().labels.as_ref();
+            labels.iter().all(|(label, value)| own.and_then(|l| l.get(*label)).is_some_and(|v| v == value))
+        });
+        found
+    }
+
+    /// The objects that the object with this uid controls, by namespace and name.
+    pub fn controlled_by(&self, uid: &str) -> Vec<Arc<K>> {
+        let state = self.0.state.read().expect(POISONED);
+        self.counted(state.index.owners.get(uid).into_iter().flat_map(|objects| objects.values()))
+    }
+
+    /// The objects that the object with this uid controls, and those of its namespace that have the labels that its selector
+    /// asks for: all that it may have to adopt or to release.
+    pub fn claimable(&self, namespace: &str, uid: Option<&str>, selector: &LabelSelector) -> Vec<Arc<K>> {
+        let labels = selector.match_labels.iter().flatten().map(|(k, v)| (k.as_str(), v.as_str()));
+        let mut objects = self.labelled(namespace, labels);
+        let owned = uid.map(|uid| self.controlled_by(uid)).unwrap_or_default();
+        let known: HashSet<*const K> = objects.iter().map(Arc::as_ptr).collect();
+        let more: Vec<Arc<K>> = owned.into_iter().filter(|o| !known.contains(&Arc::as_ptr(o))).collect();
+        objects.extend(more);
+        objects
+    }
+
+    /// How many objects readers have been given to look at since the start: the work that changes have caused.
+    pub fn examined(&self) -> u64 {
+        self.0.examined.load(Ordering::Relaxed)
+    }
+
+    fn counted<'a>(&self, objects: impl Iterator<Item = &'a Arc<K>>) -> Vec<Arc<K>> {
+        let objects: Vec<Arc<K>> = objects.cloned().collect();
+        self.0.examined.fetch_add(objects.len() as u64, Ordering::Relaxed);
+        objects
     }
 
     /// All objects, in no particular order of namespaces.
     pub fn all(&self) -> Vec<Arc<K>> {
         let state = self.0.state.read().expect(POISONED);
-        state.namespaces.values().flat_map(|n| n.values()).map(|e| e.object.clone()).collect()
+        self.counted(state.namespaces.values().flat_map(|n| n.values()).map(|e| &e.object))
     }
 
     /// Enters the answer to a write of this process. Readers and handlers see it at once.
@@ -173,7 +297,8 @@ impl<K: Cached> Informer<K> {
             let epoch = state.epoch;
             let unconfirmed = (source == Source::Own).then_some(epoch);
             let entry = Entry { object: object.clone(), version, unconfirmed };
-            let objects = state.namespaces.entry(namespace).or_default();
+            let State { namespaces, index, .. } = &mut *state;
+            let objects = namespaces.entry(namespace).or_default();
             match objects.get_mut(&name) {
                 Some(known) if version != 0 && version == known.version => {
                     if source != Source::Own {
@@ -190,9 +315,15 @@ impl<K: Cached> Informer<K> {
                 {
                     return;
                 }
-                Some(known) => Some(std::mem::replace(known, entry).object),
+                Some(known) => {
+                    let before = std::mem::replace(known, entry).object;
+                    index.remove(&before);
+                    index.insert(&object);
+                    Some(before)
+                }
                 None => {
                     objects.insert(name, entry);
+                    index.insert(&object);
                     None
                 }
             }
@@ -310,6 +441,7 @@ fn take<K: Resource>(state: &mut State<K>, namespace: &str, name: &str, uid: Opt
         return None;
     }
     let entry = objects.remove(name)?;
+    state.index.remove(&entry.object);
     if objects.is_empty() {
         state.namespaces.remove(namespace);
     }
@@ -334,6 +466,11 @@ pub struct Caches {
     pub stateful_sets: Informer<StatefulSet>,
     pub daemon_sets: Informer<DaemonSet>,
     pub jobs: Informer<Job>,
+    pub cron_jobs: Informer<CronJob>,
+    pub replication_controllers: Informer<ReplicationController>,
+    pub claims: Informer<PersistentVolumeClaim>,
+    pub volumes: Informer<PersistentVolume>,
+    pub storage_classes: Informer<StorageClass>,
     pub revisions: Informer<ControllerRevision>,
     /// Only the heartbeats of nodes, in namespace kube-node-lease.
     pub node_leases: Informer<Lease>,
@@ -368,6 +505,11 @@ impl Caches {
             stateful_sets,
             daemon_sets,
             jobs,
+            cron_jobs,
+            replication_controllers,
+            claims,
+            volumes,
+            storage_classes,
             revisions
         );
         let only_root_cas = watcher::Config::default().fields(&format!("metadata.name={ROOT_CA}"));
@@ -442,6 +584,43 @@ mod tests {
         cache.0.state.write().unwrap().epoch += 1;
         cache.replace(vec![map("a", "u", "7")]);
         assert_eq!(seen(&cache), ["7"]);
+    }
+
+    #[test]
+    fn the_index_follows_labels_and_owners() {
+        let cache = Informer::<ConfigMap>::new();
+        let with = |name: &str, version: &str, app: &str, owner: &str| {
+            let mut map = map(name, name, version);
+            map.metadata.labels = Some(BTreeMap::from([("app".into(), app.into()), ("all".into(), "y".into())]));
+            map.metadata.owner_references = serde_json::from_value(
+                serde_json::json!([{"apiVersion": "v1", "kind": "K", "name": "o", "uid": owner, "controller": true}]),
+            )
+            .unwrap();
+            map
+        };
+        let names = |found: Vec<Arc<ConfigMap>>| -> Vec<String> {
+            found.iter().filter_map(|o| o.metadata.name.clone()).collect()
+        };
+        let select = |app: &str| names(cache.labelled("ns", [("all", "y"), ("app", app)]));
+        for (n, app) in ["x", "x", "y"].into_iter().enumerate() {
+            cache.enter(with(&format!("m{n}"), "1", app, "u1"), Source::Watch, true);
+        }
+        let before = cache.examined();
+        assert_eq!(select("y"), ["m2"]);
+        assert_eq!(cache.examined() - before, 1, "the rarest label leads");
+        assert_eq!(select("x"), ["m0", "m1"]);
+        cache.enter(with("m0", "2", "y", "u2"), Source::Watch, true);
+        assert_eq!(select("x"), ["m1"]);
+        assert_eq!(select("y"), ["m0", "m2"]);
+        assert_eq!(names(cache.controlled_by("u1")), ["m1", "m2"]);
+        let selector =
+            LabelSelector { match_labels: Some(BTreeMap::from([("app".into(), "y".into())])), ..Default::default() };
+        assert_eq!(names(cache.claimable("ns", Some("u1"), &selector)), ["m0", "m2", "m1"]);
+        for name in ["m0", "m1", "m2"] {
+            cache.remove(&map(name, name, "3"));
+        }
+        let state = cache.0.state.read().unwrap();
+        assert!(state.index.labels.is_empty() && state.index.owners.is_empty());
     }
 
     #[test]

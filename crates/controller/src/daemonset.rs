@@ -242,7 +242,7 @@ pub fn plan(set: &DaemonSet, pods: &[Arc<Pod>], nodes: &[Arc<Node>], hash: &str,
 
 /// Registers with the caches and returns the future that works.
 pub(crate) fn start(context: Context) -> impl Future<Output = ()> + Send + 'static {
-    let queue: Queue<Key> = Queue::new("daemonset");
+    let queue: Queue<Key> = context.queue("daemonset");
     let add = queue.clone();
     context.caches.daemon_sets.on_change(move |old, new| {
         if let Some(set) = new.or(old) {
@@ -287,15 +287,17 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     let spec = set.spec.clone().unwrap_or_default();
     let uid = set.metadata.uid.as_deref();
     let pod_api: Api<Pod> = Api::namespaced(context.client.clone(), &key.namespace);
-    let claim = pods::claim(&set.metadata, &spec.selector, caches.pods.list(&key.namespace), |_| true);
+    let claim =
+        pods::claim(&set.metadata, &spec.selector, caches.pods.claimable(&key.namespace, uid, &spec.selector), |_| {
+            true
+        });
     for pod in &claim.adopt {
         adopt(&pod_api, &caches.pods, &*set, pod).await?;
     }
     for pod in &claim.release {
         release(&pod_api, &caches.pods, uid, pod).await?;
     }
-    let mut pods = caches.pods.list(&key.namespace);
-    pods.retain(|p| is_controlled_by(&**p, uid));
+    let pods = uid.map(|uid| caches.pods.controlled_by(uid)).unwrap_or_default();
     let Some(hash) = ensure_revision(&context, &set, &pods).await? else { return Ok(Next::Wait) };
     let first = plan(&set, &pods, &caches.nodes.all(), &hash, Timestamp::now());
     for pod in &first.failed {
@@ -328,8 +330,7 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
         }
     }
     // The status describes the pods as they are after this sync's writes.
-    let mut pods = caches.pods.list(&key.namespace);
-    pods.retain(|p| is_controlled_by(&**p, uid));
+    let pods = uid.map(|uid| caches.pods.controlled_by(uid)).unwrap_or_default();
     let after = plan(&set, &pods, &caches.nodes.all(), &hash, Timestamp::now());
     if set.status.as_ref() != Some(&after.status) {
         let api: Api<DaemonSet> = Api::namespaced(context.client.clone(), &key.namespace);

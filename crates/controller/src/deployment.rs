@@ -24,8 +24,7 @@ use crate::queue::{Key, Next, Queue};
 use crate::replicaset::{adopt, release};
 use crate::selector;
 use crate::util::{
-    already_exists, controller_of, controller_reference, is_controlled_by, is_namespace_terminating, is_not_found,
-    message, reference,
+    already_exists, controller_of, controller_reference, is_namespace_terminating, is_not_found, message, reference,
 };
 
 const WORKERS: usize = 5;
@@ -733,7 +732,7 @@ fn set_condition(conditions: &mut Vec<DeploymentCondition>, mut new: DeploymentC
 
 /// Registers with the caches and returns the future that works.
 pub(crate) fn start(context: Context) -> impl Future<Output = ()> + Send + 'static {
-    let queue: Queue<Key> = Queue::new("deployment");
+    let queue: Queue<Key> = context.queue("deployment");
     let add = queue.clone();
     context.caches.deployments.on_change(move |old, new| {
         if let Some(deployment) = new.or(old) {
@@ -791,18 +790,19 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
         events.event(&about, EventType::Warning, "SelectingAll", text);
         return Ok(Next::Wait);
     }
-    let claim = pods::claim(&deployment.metadata, &spec.selector, caches.replica_sets.list(&key.namespace), |_| true);
+    let uid = deployment.metadata.uid.as_deref();
+    let candidates = caches.replica_sets.claimable(&key.namespace, uid, &spec.selector);
+    let claim = pods::claim(&deployment.metadata, &spec.selector, candidates, |_| true);
     for set in &claim.adopt {
         adopt(&set_api, &caches.replica_sets, &*deployment, set).await?;
     }
     for set in &claim.release {
-        release(&set_api, &caches.replica_sets, deployment.metadata.uid.as_deref(), set).await?;
+        release(&set_api, &caches.replica_sets, uid, set).await?;
     }
-    let uid = deployment.metadata.uid.as_deref();
-    let mut sets = caches.replica_sets.list(&key.namespace);
-    sets.retain(|s| is_controlled_by(&**s, uid) && selector::matches(&spec.selector, s.metadata.labels.as_ref()));
-    let mut pods = caches.pods.list(&key.namespace);
-    pods.retain(|p| controller_of(&**p).is_some_and(|o| sets.iter().any(|s| s.metadata.uid.as_ref() == Some(&o.uid))));
+    let mut sets = uid.map(|uid| caches.replica_sets.controlled_by(uid)).unwrap_or_default();
+    sets.retain(|s| selector::matches(&spec.selector, s.metadata.labels.as_ref()));
+    let of_sets = sets.iter().filter_map(|s| s.metadata.uid.as_deref()).flat_map(|uid| caches.pods.controlled_by(uid));
+    let pods: Vec<Arc<Pod>> = of_sets.collect();
     let plan = plan(&deployment, &sets, &pods, Timestamp::now());
 
     let mut status = plan.status;

@@ -1,7 +1,7 @@
 //! Shell of the three endpoint controllers: EndpointSlices and Endpoints of Services with a selector, and the mirror of
 //! hand-written Endpoints. What to write is decided in `portolan_plan::slices`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, RwLock};
 
 use anyhow::Context as _;
@@ -17,6 +17,7 @@ use portolan_plan::slices::{
 use crate::Context;
 use crate::cache::Caches;
 use crate::queue::{Key, Next, Queue, Waiting};
+use crate::selector::SelectorIndex;
 use crate::util::{already_exists, is_conflict, is_namespace_terminating, is_not_found, message, reference};
 
 /// Syncs of different Services at a time (`--concurrent-service-endpoint-syncs`).
@@ -38,6 +39,8 @@ struct Shared {
     legacy_queue: Queue<Key>,
     mirror_queue: Queue<Key>,
     topology: RwLock<Arc<Topology>>,
+    /// Services by their selectors.
+    selectors: RwLock<SelectorIndex>,
     /// Services that await a node.
     awaiting: Mutex<HashMap<String, HashSet<Key>>>,
     slice_triggers: Mutex<HashMap<Key, TriggerTimes>>,
@@ -69,11 +72,19 @@ impl Shared {
             return;
         }
         let Some(namespace) = old.or(new).and_then(|p| p.metadata.namespace.clone()) else { return };
-        for service in self.caches().services.list(&namespace) {
+        let mut services = BTreeSet::new();
+        {
+            let selectors = self.selectors.read().expect(POISONED);
+            for pod in [old, new].into_iter().flatten() {
+                services.extend(selectors.candidates(&namespace, pod.metadata.labels.as_ref()));
+            }
+        }
+        for name in services {
+            let Some(service) = self.caches().services.get(&namespace, &name) else { continue };
             let hit =
                 |pod: Option<&Arc<Pod>>| pod.is_some_and(|p| slices::selects(&service, p.metadata.labels.as_ref()));
             if hit(old) || hit(new) {
-                self.enqueue(Key::of(&*service));
+                self.enqueue(Key::new(&namespace, name));
             }
         }
     }
@@ -113,22 +124,33 @@ impl Shared {
 /// Registers with the caches and returns the future that works.
 pub(crate) fn start(context: Context, which: Which) -> impl Future<Output = ()> + Send + 'static {
     let shared = Arc::new(Shared {
-        context,
         which,
-        slice_queue: Queue::new("endpointslice"),
-        legacy_queue: Queue::new("endpoints"),
-        mirror_queue: Queue::new("endpointslicemirroring"),
+        slice_queue: context.queue("endpoint_slice"),
+        legacy_queue: context.queue("endpoint"),
+        mirror_queue: context.queue("endpoint_slice_mirroring"),
         topology: RwLock::new(Arc::default()),
+        selectors: RwLock::default(),
         awaiting: Mutex::default(),
         slice_triggers: Mutex::default(),
         legacy_triggers: Mutex::default(),
         hinted: Mutex::default(),
+        context,
     });
     let caches = shared.caches().clone();
     let on = shared.clone();
     caches.services.on_change(move |old, new| {
         let Some(service) = new.or(old) else { return };
         let key = Key::of(&**service);
+        {
+            let labels = |service: &Service| service.spec.as_ref().and_then(|s| s.selector.clone());
+            let mut selectors = on.selectors.write().expect(POISONED);
+            if let Some(old) = old {
+                selectors.remove(&key.namespace, &key.name, labels(old).as_ref());
+            }
+            if let Some(new) = new {
+                selectors.insert(&key.namespace, &key.name, labels(new).as_ref());
+            }
+        }
         on.enqueue(key.clone());
         if on.which.mirroring {
             on.mirror_queue.add(key);
@@ -227,13 +249,14 @@ impl Queue<Key> {
 }
 
 fn managed(caches: &Caches, key: &Key, by: &str) -> Vec<Arc<EndpointSlice>> {
-    let mut slices = caches.slices.list(&key.namespace);
-    slices.retain(|slice| {
-        let labels = slice.metadata.labels.as_ref();
-        labels.and_then(|l| l.get(slices::SERVICE_NAME)) == Some(&key.name)
-            && labels.and_then(|l| l.get(slices::MANAGED_BY)).is_some_and(|v| v == by)
-    });
-    slices
+    caches.slices.labelled(&key.namespace, [(slices::SERVICE_NAME, key.name.as_str()), (slices::MANAGED_BY, by)])
+}
+
+/// The pods that a Service selects.
+fn selected(caches: &Caches, service: &Service) -> Vec<Arc<Pod>> {
+    let Some(selector) = slices::selector(service) else { return Vec::new() };
+    let namespace = service.metadata.namespace.as_deref().unwrap_or_default();
+    caches.pods.labelled(namespace, selector.iter().map(|(k, v)| (k.as_str(), v.as_str())))
 }
 
 fn observe(
@@ -266,7 +289,7 @@ async fn sync_slices(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
         }
         return Ok(Next::Wait);
     }
-    let pods = caches.pods.list(&key.namespace);
+    let pods = selected(caches, &service);
     let topology = shared.topology.read().expect(POISONED).clone();
     let hinted = shared.hinted.lock().expect(POISONED).get(&key).cloned().unwrap_or_default();
     let trigger_time = observe(&shared.slice_triggers, &key, &service, &pods);
@@ -373,7 +396,7 @@ async fn sync_legacy(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
     if !slices::has_selected_endpoints(&service) || service.metadata.deletion_timestamp.is_some() {
         return Ok(Next::Wait);
     }
-    let pods = caches.pods.list(&key.namespace);
+    let pods = selected(caches, &service);
     let trigger_time = observe(&shared.legacy_triggers, &key, &service, &pods);
     let Some(wanted) = legacy::reconcile(&service, &pods, existing.as_deref(), trigger_time.as_deref()) else {
         return Ok(Next::Wait);

@@ -303,7 +303,7 @@ pub(crate) async fn start(context: Context, kinds: Kinds) {
         context: context.clone(),
         kinds,
         graph: Mutex::default(),
-        queue: Queue::new("garbage-collector"),
+        queue: context.queue("garbage_collector"),
         watched: Mutex::default(),
         rediscover: Notify::new(),
         events,

@@ -8,16 +8,21 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod cache;
+pub mod clock;
+pub mod cronjob;
 pub mod daemonset;
 pub mod deployment;
 mod discovery;
 mod endpoints;
 pub mod gc;
+pub mod job;
+mod metrics;
 pub mod namespace;
 pub mod node;
 pub mod pods;
 pub mod queue;
 pub mod replicaset;
+pub mod replicationcontroller;
 pub mod scheduler;
 pub mod selector;
 pub mod serviceaccount;
@@ -33,6 +38,8 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use cache::Caches;
+use clock::Clock;
+use metrics::Metrics;
 
 /// A controller that can be switched on, by the name it has in Kubernetes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -45,6 +52,9 @@ pub enum Controller {
     ReplicaSet,
     StatefulSet,
     DaemonSet,
+    Job,
+    CronJob,
+    ReplicationController,
     Scheduler,
     GarbageCollector,
     Namespace,
@@ -56,7 +66,7 @@ pub enum Controller {
 
 impl Controller {
     /// All of them.
-    pub const ALL: [Controller; 14] = [
+    pub const ALL: [Controller; 17] = [
         Controller::EndpointSlice,
         Controller::Endpoints,
         Controller::EndpointSliceMirroring,
@@ -64,6 +74,9 @@ impl Controller {
         Controller::ReplicaSet,
         Controller::StatefulSet,
         Controller::DaemonSet,
+        Controller::Job,
+        Controller::CronJob,
+        Controller::ReplicationController,
         Controller::Scheduler,
         Controller::GarbageCollector,
         Controller::Namespace,
@@ -83,6 +96,9 @@ impl Controller {
             Controller::ReplicaSet => "replicaset-controller",
             Controller::StatefulSet => "statefulset-controller",
             Controller::DaemonSet => "daemonset-controller",
+            Controller::Job => "job-controller",
+            Controller::CronJob => "cronjob-controller",
+            Controller::ReplicationController => "replicationcontroller-controller",
             Controller::Scheduler => "scheduler",
             Controller::GarbageCollector => "garbage-collector-controller",
             Controller::Namespace => "namespace-controller",
@@ -110,6 +126,8 @@ pub struct Config {
     pub max_endpoints_per_slice: usize,
     /// Take part in this election first, and run only while leading. For controllers in a process of their own.
     pub leader_election: Option<Election>,
+    /// The time that life cycles, deadlines and schedules go by.
+    pub clock: Clock,
 }
 
 impl Default for Config {
@@ -120,6 +138,7 @@ impl Default for Config {
             cluster_ca: None,
             max_endpoints_per_slice: portolan_plan::slices::MAX_ENDPOINTS_PER_SLICE,
             leader_election: None,
+            clock: Clock::default(),
         }
     }
 }
@@ -147,9 +166,18 @@ pub(crate) struct Context {
     client: kube::Client,
     caches: Caches,
     shutdown: CancellationToken,
+    clock: Clock,
+    metrics: Metrics,
 }
 
 impl Context {
+    fn queue<K: Clone + Eq + std::hash::Hash + std::fmt::Debug + Send + Sync + 'static>(
+        &self,
+        name: &'static str,
+    ) -> queue::Queue<K> {
+        queue::Queue::measured(name, self.clock.clone(), &self.metrics)
+    }
+
     fn recorder(&self, component: &str) -> EventRecorder {
         EventRecorder::new(self.client.clone(), component, None)
     }
@@ -176,7 +204,15 @@ pub async fn run(
         }
         leadership = Some((leads, election.clone()));
     }
-    let context = Context { client: client.clone(), caches: Caches::default(), shutdown: stop.clone() };
+    let metrics = Metrics::default();
+    metrics.register(&observer);
+    let context = Context {
+        client: client.clone(),
+        caches: Caches::default(),
+        shutdown: stop.clone(),
+        clock: config.clock.clone(),
+        metrics,
+    };
     let kinds = discovery::Kinds::new(client.clone());
     let mut tasks = JoinSet::new();
     let on = |controller| config.enabled.contains(&controller);
@@ -200,6 +236,15 @@ pub async fn run(
     }
     if on(Controller::DaemonSet) {
         controllers.push(Box::pin(daemonset::start(context.clone())));
+    }
+    if on(Controller::Job) {
+        controllers.push(Box::pin(job::start(context.clone())));
+    }
+    if on(Controller::CronJob) {
+        controllers.push(Box::pin(cronjob::start(context.clone())));
+    }
+    if on(Controller::ReplicationController) {
+        controllers.push(Box::pin(replicationcontroller::start(context.clone())));
     }
     if on(Controller::Scheduler) {
         controllers.push(Box::pin(scheduler::start(context.clone())));

@@ -131,7 +131,7 @@ pub fn conditions(remains: &Remains, old: &[NamespaceCondition], now: Timestamp)
 
 /// Registers with the caches and returns the future that works.
 pub(crate) fn start(context: Context, kinds: Kinds) -> impl Future<Output = ()> + Send + 'static {
-    let queue: Queue<Key> = Queue::new("namespace");
+    let queue: Queue<Key> = context.queue("namespace");
     let add = queue.clone();
     context.caches.namespaces.on_change(move |_, new| {
         if let Some(namespace) = new.filter(|n| has_content_finalizer(n)) {

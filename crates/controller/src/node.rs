@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use jiff::Timestamp;
@@ -13,8 +13,10 @@ use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use portolan_client::{EventRecorder, EventType};
 use serde_json::json;
+use tokio::time::Instant;
 
 use crate::Context;
+use crate::clock::Clock;
 use crate::pods;
 use crate::queue::{Key, Next, Queue};
 use crate::replicaset::remove_pod;
@@ -141,25 +143,29 @@ fn ready_status(node: &Node) -> Option<&str> {
 }
 
 /// When a node was last heard of, by this process's clock.
-#[derive(Default)]
-struct Heartbeats(Mutex<HashMap<String, Instant>>);
+struct Heartbeats {
+    clock: Clock,
+    heard: Mutex<HashMap<String, Instant>>,
+}
 
 const POISONED: &str = "heartbeats are only read and written";
 
 impl Heartbeats {
     fn beat(&self, node: &str) {
-        self.0.lock().expect(POISONED).insert(node.to_string(), Instant::now());
+        self.heard.lock().expect(POISONED).insert(node.to_string(), self.clock.instant());
     }
 
     fn silent_for(&self, node: &str) -> Duration {
-        self.0.lock().expect(POISONED).entry(node.to_string()).or_insert_with(Instant::now).elapsed()
+        let mut heard = self.heard.lock().expect(POISONED);
+        let since = *heard.entry(node.to_string()).or_insert_with(|| self.clock.instant());
+        self.clock.since(since)
     }
 }
 
 /// Registers with the caches and returns the future that works.
 pub(crate) fn start_lifecycle(context: Context) -> impl Future<Output = ()> + Send + 'static {
-    let queue: Queue<Key> = Queue::new("node-lifecycle");
-    let heartbeats: Arc<Heartbeats> = Arc::default();
+    let queue: Queue<Key> = context.queue("node_lifecycle_controller");
+    let heartbeats = Arc::new(Heartbeats { clock: context.clock.clone(), heard: Mutex::default() });
     let (add, beats) = (queue.clone(), heartbeats.clone());
     context.caches.nodes.on_change(move |old, new| {
         let Some(node) = new.or(old) else { return };
@@ -169,7 +175,7 @@ pub(crate) fn start_lifecycle(context: Context) -> impl Future<Output = ()> + Se
             conditions.into_iter().filter_map(|c| c.last_heartbeat_time).max()
         };
         if new.is_none() {
-            beats.0.lock().expect(POISONED).remove(&name);
+            beats.heard.lock().expect(POISONED).remove(&name);
         } else if old.is_none_or(|o| reported(o) != reported(node)) {
             beats.beat(&name);
         }
@@ -220,7 +226,7 @@ async fn watch_over(
     if has_kubelet {
         let silent = heartbeats.silent_for(&name);
         if silent >= GRACE {
-            if let Some(conditions) = silence(&node, Timestamp::now()) {
+            if let Some(conditions) = silence(&node, context.clock.now()) {
                 let was_ready = ready_status(&node) == Some("True");
                 let mut updated = Node::clone(&node);
                 updated.status.get_or_insert_default().conditions = Some(conditions);
@@ -239,7 +245,7 @@ async fn watch_over(
             next = Next::After(GRACE - silent + Duration::from_millis(10));
         }
     }
-    if let Some(taints) = taints(&node, Timestamp::now()).filter(|_| has_kubelet || ready_status(&node).is_some()) {
+    if let Some(taints) = taints(&node, context.clock.now()).filter(|_| has_kubelet || ready_status(&node).is_some()) {
         let version = node.metadata.resource_version.clone();
         let patch = json!({"metadata": {"resourceVersion": version}, "spec": {"taints": taints}});
         let written =
@@ -255,7 +261,7 @@ async fn watch_over(
             mark_not_ready(&context, &events, pod).await?;
         }
     }
-    let now = Timestamp::now();
+    let now = context.clock.now();
     for pod in node_pods.iter().filter(|p| pods::is_active(p)) {
         match eviction(pod, &node, now) {
             None => {}
@@ -284,7 +290,7 @@ async fn watch_over(
 
 async fn mark_not_ready(context: &Context, events: &EventRecorder, pod: &Pod) -> anyhow::Result<()> {
     let api: Api<Pod> = Api::namespaced(context.client.clone(), pod.metadata.namespace.as_deref().unwrap_or_default());
-    let now = Timestamp::now();
+    let now = context.clock.now();
     let now = Timestamp::from_second(now.as_second()).unwrap_or(now);
     let patch = json!({"metadata": {"uid": pod.metadata.uid}, "status": {"conditions": [{
         "type": "Ready", "status": "False", "lastTransitionTime": now,
@@ -306,7 +312,7 @@ const QUARANTINE: Duration = Duration::from_secs(40);
 
 /// Registers with the caches and returns the future that works: it deletes pods bound to nodes that do not exist.
 pub(crate) fn start_pod_gc(context: Context) -> impl Future<Output = ()> + Send + 'static {
-    let queue: Queue<Key> = Queue::new("pod-garbage-collector");
+    let queue: Queue<Key> = context.queue("pod_garbage_collector");
     let missing: Arc<Mutex<HashMap<String, Instant>>> = Arc::default();
     let add = queue.clone();
     context.caches.nodes.on_change(move |old, new| {
@@ -341,8 +347,8 @@ async fn collect(
         missing.lock().expect(POISONED).remove(&node);
         return Ok(Next::Wait);
     }
-    let since = *missing.lock().expect(POISONED).entry(node.clone()).or_insert_with(Instant::now);
-    if let Some(left) = QUARANTINE.checked_sub(since.elapsed()).filter(|left| !left.is_zero()) {
+    let since = *missing.lock().expect(POISONED).entry(node.clone()).or_insert_with(|| context.clock.instant());
+    if let Some(left) = QUARANTINE.checked_sub(context.clock.since(since)).filter(|left| !left.is_zero()) {
         return Ok(Next::After(left));
     }
     // The cache might lag behind; the server knows.
@@ -357,7 +363,7 @@ async fn collect(
         if !pods::is_finished(&pod) {
             let patch = json!({"metadata": {"uid": pod.metadata.uid}, "status": {"phase": "Failed", "conditions": [{
                 "type": "DisruptionTarget", "status": "True", "reason": "DeletionByPodGC",
-                "message": "PodGC: node no longer exists", "lastTransitionTime": Timestamp::now(),
+                "message": "PodGC: node no longer exists", "lastTransitionTime": context.clock.now(),
             }]}});
             match api.patch_status(name, &PatchParams::default(), &Patch::Strategic(patch)).await {
                 Ok(_) => {}

@@ -4,10 +4,17 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt::Debug;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::metrics::{Metrics, QueueName};
 
 /// What a worker's round ended with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +48,8 @@ impl Key {
 }
 
 struct State<K> {
-    waiting: VecDeque<K>,
+    /// With the time since when each has waited.
+    waiting: VecDeque<(K, Instant)>,
     /// In `waiting`, or to be put there when its worker is done.
     dirty: HashSet<K>,
     working: HashSet<K>,
@@ -53,6 +61,12 @@ struct Inner<K> {
     name: &'static str,
     state: Mutex<State<K>>,
     notify: Notify,
+    clock: Clock,
+    depth: Gauge,
+    adds: Counter,
+    retries: Counter,
+    waited: Histogram,
+    worked: Histogram,
 }
 
 /// A queue of keys. Cloning shares it.
@@ -72,9 +86,21 @@ const LAST_RETRY: Duration = Duration::from_secs(60);
 const POISONED: &str = "no worker panics while it holds the queue lock";
 
 impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
-    /// An empty queue; `name` is for the log.
+    /// An empty queue that goes by the machine's clock and whose measurements nobody sees; `name` is for the log.
     pub fn new(name: &'static str) -> Queue<K> {
+        Queue::measured(name, Clock::default(), &Metrics::default())
+    }
+
+    /// An empty queue, measured under its name.
+    pub(crate) fn measured(name: &'static str, clock: Clock, metrics: &Metrics) -> Queue<K> {
+        let label = QueueName { name };
         Queue(Arc::new(Inner {
+            clock,
+            depth: metrics.depth.get_or_create_owned(&label),
+            adds: metrics.adds.get_or_create_owned(&label),
+            retries: metrics.retries.get_or_create_owned(&label),
+            waited: metrics.queue_duration.get_or_create_owned(&label),
+            worked: metrics.work_duration.get_or_create_owned(&label),
             name,
             state: Mutex::new(State {
                 waiting: VecDeque::new(),
@@ -93,8 +119,10 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
         if !state.dirty.insert(key.clone()) {
             return;
         }
+        self.0.adds.inc();
         if !state.working.contains(&key) {
-            state.waiting.push_back(key);
+            state.waiting.push_back((key, Instant::now()));
+            self.0.depth.set(i64::try_from(state.waiting.len()).unwrap_or(i64::MAX));
             drop(state);
             self.0.notify.notify_one();
         }
@@ -102,7 +130,7 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
 
     /// Has the key worked on after a pause, unless that happens earlier by a call of the same kind.
     pub fn add_after(&self, key: K, pause: Duration) {
-        let due = Instant::now() + pause;
+        let due = self.0.clock.instant() + pause;
         {
             let mut state = self.0.state.lock().expect(POISONED);
             if state.delayed.get(&key).is_some_and(|known| *known <= due) {
@@ -112,7 +140,7 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
         }
         let queue = self.clone();
         tokio::spawn(async move {
-            tokio::time::sleep_until(due.into()).await;
+            queue.0.clock.sleep_until(due).await;
             {
                 let mut state = queue.0.state.lock().expect(POISONED);
                 if state.delayed.get(&key) != Some(&due) {
@@ -126,7 +154,9 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
 
     fn next(&self) -> Option<K> {
         let mut state = self.0.state.lock().expect(POISONED);
-        let key = state.waiting.pop_front()?;
+        let (key, since) = state.waiting.pop_front()?;
+        self.0.depth.set(i64::try_from(state.waiting.len()).unwrap_or(i64::MAX));
+        self.0.waited.observe(since.elapsed().as_secs_f64());
         state.dirty.remove(&key);
         state.working.insert(key.clone());
         Some(key)
@@ -137,7 +167,8 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
             let mut state = self.0.state.lock().expect(POISONED);
             state.working.remove(&key);
             if state.dirty.contains(&key) {
-                state.waiting.push_back(key.clone());
+                state.waiting.push_back((key.clone(), Instant::now()));
+                self.0.depth.set(i64::try_from(state.waiting.len()).unwrap_or(i64::MAX));
                 self.0.notify.notify_one();
             }
             match result {
@@ -149,6 +180,7 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
                     }
                 }
                 Err(error) => {
+                    self.0.retries.inc();
                     let failures = state.failures.entry(key.clone()).or_default();
                     *failures += 1;
                     let pause = backoff(*failures);
@@ -193,7 +225,9 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
                     if shutdown.is_cancelled() {
                         return;
                     }
+                    let began = Instant::now();
                     let result = sync(key.clone()).await;
+                    queue.0.worked.observe(began.elapsed().as_secs_f64());
                     queue.done(key, result);
                 }
             });

@@ -1,13 +1,13 @@
 //! ReplicaSets: keep a number of pods of one template.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{ReplicaSet, ReplicaSetCondition, ReplicaSetStatus};
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
@@ -149,7 +149,7 @@ pub fn status(
 
 /// Registers with the caches and returns the future that works.
 pub(crate) fn start(context: Context) -> impl Future<Output = ()> + Send + 'static {
-    let queue: Queue<Key> = Queue::new("replicaset");
+    let queue: Queue<Key> = context.queue("replicaset");
     let add = queue.clone();
     context.caches.replica_sets.on_change(move |old, new| {
         if let Some(set) = new.or(old) {
@@ -195,18 +195,21 @@ pub(crate) fn wake_owner<K: crate::cache::Cached>(
 async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Result<Next> {
     let caches = &context.caches;
     let Some(set) = caches.replica_sets.get(&key.namespace, &key.name) else { return Ok(Next::Wait) };
-    let pods = caches.pods.list(&key.namespace);
-    let owner = controller_of(&*set).map(|o| o.uid.clone());
-    let siblings: Vec<String> = match &owner {
+    let selector = set.spec.as_ref().map(|s| s.selector.clone()).unwrap_or_default();
+    let uid = set.metadata.uid.as_deref();
+    let mut pods = caches.pods.claimable(&key.namespace, uid, &selector);
+    let siblings: Vec<String> = match controller_of(&*set) {
         None => Vec::new(),
-        Some(owner) => caches
-            .replica_sets
-            .list(&key.namespace)
-            .iter()
-            .filter(|s| is_controlled_by(&***s, Some(owner)))
-            .filter_map(|s| s.metadata.uid.clone())
-            .collect(),
+        Some(owner) => {
+            let sets = caches.replica_sets.controlled_by(&owner.uid);
+            sets.iter().filter_map(|s| s.metadata.uid.clone()).filter(|sibling| Some(sibling.as_str()) != uid).collect()
+        }
     };
+    // Pods of sets with another selector count as neighbours too.
+    let known: HashSet<Option<String>> = pods.iter().map(|p| p.metadata.uid.clone()).collect();
+    let of_siblings = siblings.iter().flat_map(|sibling| caches.pods.controlled_by(sibling));
+    let more: Vec<Arc<Pod>> = of_siblings.filter(|p| !known.contains(&p.metadata.uid)).collect();
+    pods.extend(more);
     let plan = plan(&set, &pods, &siblings, Timestamp::now());
     let api: Api<Pod> = Api::namespaced(context.client.clone(), &key.namespace);
     for pod in &plan.adopt {
@@ -217,7 +220,9 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     }
     let mut failure: Option<(&str, kube::Error)> = None;
     if plan.create > 0 {
-        failure = create(&context, &events, &set, plan.create).await.err().map(|e| ("FailedCreate", e));
+        let template = set.spec.as_ref().and_then(|s| s.template.clone()).unwrap_or_default();
+        let pod = replica(&*set, &template);
+        failure = create(&context, &events, &*set, pod, plan.create).await.err().map(|e| ("FailedCreate", e));
     }
     if !plan.delete.is_empty() {
         let deletions = plan.delete.iter().map(|pod| delete_pod(&api, &caches.pods, &events, &*set, pod));
@@ -225,7 +230,7 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
             futures::future::join_all(deletions).await.into_iter().find_map(Result::err).map(|e| ("FailedDelete", e));
     }
     // The status describes the pods as they are after this sync's writes.
-    let pods = caches.pods.list(&key.namespace);
+    let pods = uid.map(|uid| caches.pods.controlled_by(uid)).unwrap_or_default();
     let told = failure.as_ref().map(|(reason, error)| (*reason, message(error)));
     let (wanted, recheck) = status(&set, &pods, told, Timestamp::now());
     if set.status.as_ref() != Some(&wanted) {
@@ -244,14 +249,24 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     }
 }
 
+/// A pod of a template, whose name the API server makes from the owner's.
+pub(crate) fn replica<K: kube::Resource<DynamicType = ()>>(owner: &K, template: &PodTemplateSpec) -> Pod {
+    let meta = owner.meta();
+    let mut pod = pods::from_template(template, meta.namespace.as_deref(), controller_reference(owner));
+    pod.metadata.generate_name = Some(format!("{}-", meta.name.as_deref().unwrap_or_default()));
+    pod
+}
+
 /// Makes pods in batches of 1, 2, 4 and so on, so that a template that the API server refuses is refused once, not `count` times.
-async fn create(context: &Context, events: &EventRecorder, set: &ReplicaSet, count: usize) -> Result<(), kube::Error> {
-    let namespace = set.metadata.namespace.as_deref().unwrap_or_default();
-    let name = set.metadata.name.as_deref().unwrap_or_default();
+pub(crate) async fn create<K: kube::Resource<DynamicType = ()>>(
+    context: &Context,
+    events: &EventRecorder,
+    owner: &K,
+    pod: Pod,
+    count: usize,
+) -> Result<(), kube::Error> {
+    let namespace = owner.meta().namespace.as_deref().unwrap_or_default();
     let api: Api<Pod> = Api::namespaced(context.client.clone(), namespace);
-    let template = set.spec.as_ref().and_then(|s| s.template.clone()).unwrap_or_default();
-    let mut pod = pods::from_template(&template, Some(namespace), controller_reference(set));
-    pod.metadata.generate_name = Some(format!("{name}-"));
     let (mut left, mut batch) = (count, 1);
     while left > 0 {
         let size = batch.min(left);
@@ -263,12 +278,12 @@ async fn create(context: &Context, events: &EventRecorder, set: &ReplicaSet, cou
                 Ok(made) => {
                     let text = format!("Created pod: {}", made.metadata.name.as_deref().unwrap_or_default());
                     context.caches.pods.wrote(made);
-                    events.event(&reference(set), EventType::Normal, "SuccessfulCreate", text);
+                    events.event(&reference(owner), EventType::Normal, "SuccessfulCreate", text);
                 }
                 Err(error) => {
                     if !is_namespace_terminating(&error) {
                         let text = format!("Error creating: {}", message(&error));
-                        events.event(&reference(set), EventType::Warning, "FailedCreate", text);
+                        events.event(&reference(owner), EventType::Warning, "FailedCreate", text);
                     }
                     failed = Some(error);
                 }

@@ -1,17 +1,22 @@
 //! The scheduler: gives each new pod a node.
 //!
-//! [`choose`] decides for one pod over the nodes and what is placed on them. Nodes that fit are compared by how well they spread
-//! the pods of one owner, then by load. There is no preemption.
+//! [`choose`] decides for one pod over the nodes and what is placed on them. Nodes that fit are compared by what the pod prefers
+//! (taints, node affinity, pod affinity, spread constraints, with the weights of kube-scheduler), then by how well they spread the
+//! pods of one owner, then by load. Waiting pods are tried in the order of their priority, but nothing is evicted for them: a pod
+//! that preemption might help gets a Warning event that says so.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
-    Binding, Node, NodeSelectorRequirement, NodeSelectorTerm, ObjectReference, Pod, PodSpec, Taint, Toleration,
+    Binding, Namespace, Node, NodeSelectorRequirement, NodeSelectorTerm, ObjectReference, PersistentVolume,
+    PersistentVolumeClaim, Pod, PodSpec, Taint, Toleration,
 };
+use k8s_openapi::api::storage::v1::StorageClass;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Api;
@@ -21,14 +26,26 @@ use portolan_plan::slices::ZONE;
 use serde_json::json;
 
 use crate::Context;
+use crate::cache::Caches;
+use crate::metrics::Outcome;
 use crate::pods;
 use crate::queue::{Key, Next, Queue};
 use crate::util::{controller_of, is_conflict, is_not_found, message, reference};
+
+mod topology;
+mod volumes;
+
+pub use topology::NamespaceLabels;
+use topology::Rules;
+pub use volumes::Storage;
+use volumes::Volumes;
 
 /// Bindings under way at a time. Decisions are taken one after the other.
 const WORKERS: usize = 16;
 /// The scheduler that pods ask for by default.
 const SCHEDULER_NAME: &str = "default-scheduler";
+/// A pod without a node is looked at again after this long even if nothing has changed, as kube-scheduler does.
+const FLUSH: Duration = Duration::from_secs(300);
 
 /// What is placed on one node.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -37,10 +54,8 @@ pub struct Load {
     pub pods: usize,
     /// Pods by the uid of their controller.
     pub owners: HashMap<String, usize>,
-    /// Requested CPU, thousandths of a core.
-    pub cpu_milli: i64,
-    /// Requested memory, bytes.
-    pub memory: i64,
+    /// Requested resources, in thousandths of their unit.
+    pub resources: BTreeMap<String, i64>,
     /// Host ports in use: protocol, port, and address (empty for all).
     pub host_ports: Vec<(String, i32, String)>,
 }
@@ -49,13 +64,13 @@ pub struct Load {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Demand {
     owner: Option<String>,
-    cpu_milli: i64,
-    memory: i64,
+    resources: BTreeMap<String, i64>,
     host_ports: Vec<(String, i32, String)>,
 }
 
 impl Demand {
     /// Reads it from a pod. Init containers run before the others, so the larger of both needs counts; sidecars run with them.
+    /// Requests of the pod as a whole (KEP-2837) stand for those of its containers.
     pub fn of(pod: &Pod) -> Demand {
         let empty = PodSpec::default();
         let spec = pod.spec.as_ref().unwrap_or(&empty);
@@ -76,9 +91,18 @@ impl Demand {
                 }
             }
             let steady: i64 = spec.containers.iter().map(|c| request(c, resource)).sum::<i64>() + sidecars;
+            let whole = spec.resources.as_ref().and_then(|r| r.requests.as_ref()).and_then(|r| r.get(resource));
             let overhead = spec.overhead.as_ref().and_then(|o| o.get(resource)).and_then(milli).unwrap_or(0);
-            steady.max(peak) + overhead
+            whole.and_then(milli).unwrap_or(steady.max(peak)).saturating_add(overhead)
         };
+        let requests = spec.init_containers.iter().flatten().chain(&spec.containers).map(|c| c.resources.as_ref());
+        let names: BTreeSet<&String> = requests
+            .chain([spec.resources.as_ref()])
+            .flatten()
+            .flat_map(|r| r.requests.iter().flatten().map(|(resource, _)| resource))
+            .chain(spec.overhead.iter().flatten().map(|(resource, _)| resource))
+            .collect();
+        let resources = names.into_iter().map(|n| (n.clone(), total(n))).filter(|(_, need)| *need > 0).collect();
         let host_ports = spec
             .containers
             .iter()
@@ -90,12 +114,7 @@ impl Demand {
                 Some((p.protocol.clone().unwrap_or_else(|| "TCP".into()), port, ip))
             })
             .collect();
-        Demand {
-            owner: controller_of(pod).map(|o| o.uid.clone()),
-            cpu_milli: total("cpu"),
-            memory: total("memory") / 1000,
-            host_ports,
-        }
+        Demand { owner: controller_of(pod).map(|o| o.uid.clone()), resources, host_ports }
     }
 }
 
@@ -103,8 +122,10 @@ impl Load {
     /// Counts a pod in.
     pub fn add(&mut self, demand: &Demand) {
         self.pods += 1;
-        self.cpu_milli += demand.cpu_milli;
-        self.memory += demand.memory;
+        for (resource, need) in &demand.resources {
+            let used = self.resources.entry(resource.clone()).or_default();
+            *used = used.saturating_add(*need);
+        }
         self.host_ports.extend(demand.host_ports.iter().cloned());
         if let Some(owner) = &demand.owner {
             *self.owners.entry(owner.clone()).or_default() += 1;
@@ -114,8 +135,11 @@ impl Load {
     /// Takes a pod out again.
     pub fn remove(&mut self, demand: &Demand) {
         self.pods = self.pods.saturating_sub(1);
-        self.cpu_milli -= demand.cpu_milli;
-        self.memory -= demand.memory;
+        for (resource, need) in &demand.resources {
+            if let Some(used) = self.resources.get_mut(resource) {
+                *used = used.saturating_sub(*need);
+            }
+        }
         for port in &demand.host_ports {
             if let Some(at) = self.host_ports.iter().position(|p| p == port) {
                 self.host_ports.swap_remove(at);
@@ -160,15 +184,57 @@ fn milli(quantity: &Quantity) -> Option<i64> {
     value.is_finite().then(|| (value * factor * 1000.0).ceil() as i64)
 }
 
+/// A pod that has a node.
+#[derive(Clone, Debug)]
+pub struct Placed {
+    /// The pod, as last seen.
+    pub pod: Arc<Pod>,
+    /// Its node.
+    pub node: String,
+    /// What it takes there.
+    pub demand: Demand,
+}
+
+/// What a decision looks at.
+pub struct View<'a> {
+    /// All nodes.
+    pub nodes: &'a [Arc<Node>],
+    /// What is placed on each node, pods bound a moment ago included.
+    pub loads: &'a BTreeMap<String, Load>,
+    /// The placed pods by uid.
+    pub placed: &'a HashMap<String, Placed>,
+    /// uids of the placed pods that have affinity rules.
+    pub related: &'a HashSet<String>,
+    /// Labels of namespaces.
+    pub namespaces: &'a NamespaceLabels,
+    /// Claims and volumes.
+    pub storage: &'a dyn Storage,
+}
+
+/// What evicting other pods could do for a pod that no node takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preemption {
+    /// The pod does not want others evicted.
+    Never,
+    /// There are pods of lower priority on this many of the nodes where room is what lacks; nothing is evicted all the same.
+    Unsupported(usize),
+    /// No pod that may be evicted is in the way.
+    NoVictims,
+}
+
 /// Why no node takes the pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unfit {
     /// Nodes looked at.
     pub nodes: usize,
+    /// What keeps the pod off all nodes alike.
+    pub blocked: Option<String>,
     /// How many nodes give each reason.
     pub reasons: BTreeMap<String, usize>,
     /// How many of them evicting other pods could change.
     pub preemptable: usize,
+    /// What preemption could do.
+    pub preemption: Preemption,
 }
 
 impl Unfit {
@@ -179,60 +245,144 @@ impl Unfit {
         }
         let mut reasons: Vec<String> = self.reasons.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
         reasons.sort();
-        let mut victims = Vec::new();
-        if self.preemptable > 0 {
-            victims.push(format!("{} No preemption victims found for incoming pod", self.preemptable));
-        }
-        if self.nodes > self.preemptable {
-            victims.push(format!("{} Preemption is not helpful for scheduling", self.nodes - self.preemptable));
-        }
+        let why = self.blocked.clone().unwrap_or_else(|| reasons.join(", "));
         let total = self.nodes;
+        let mut victims = Vec::new();
+        let unsupported = match self.preemption {
+            Preemption::Never => {
+                return format!(
+                    "0/{total} nodes are available: {why}. no new claims to deallocate, preemption: not eligible due to \
+                     preemptionPolicy=Never."
+                );
+            }
+            Preemption::Unsupported(nodes) => nodes,
+            Preemption::NoVictims => 0,
+        };
+        if unsupported > 0 {
+            victims.push(format!("{unsupported} Preemption is not supported"));
+        }
+        if self.preemptable > unsupported {
+            victims.push(format!("{} No preemption victims found for incoming pod", self.preemptable - unsupported));
+        }
+        if total > self.preemptable {
+            victims.push(format!("{} Preemption is not helpful for scheduling", total - self.preemptable));
+        }
+        victims.sort();
         format!(
-            "0/{total} nodes are available: {}. no new claims to deallocate, preemption: 0/{total} nodes are available: {}.",
-            reasons.join(", "),
+            "0/{total} nodes are available: {why}. no new claims to deallocate, preemption: 0/{total} nodes are available: {}.",
             victims.join(", ")
         )
     }
 }
 
-/// Chooses a node. `loads` holds what is placed on each node, pods bound a moment ago included.
-pub fn choose(pod: &Pod, nodes: &[Arc<Node>], loads: &BTreeMap<String, Load>) -> Result<String, Unfit> {
+fn priority(pod: &Pod) -> i32 {
+    pod.spec.as_ref().and_then(|s| s.priority).unwrap_or(0)
+}
+
+/// Points from 0 to 100, the most for the largest value.
+fn scaled(value: f64, least: f64, most: f64) -> f64 {
+    if most > least { (value - least) * 100.0 / (most - least) } else { 0.0 }
+}
+
+/// Chooses a node.
+pub fn choose(pod: &Pod, view: &View<'_>) -> Result<String, Unfit> {
     let empty = PodSpec::default();
     let spec = pod.spec.as_ref().unwrap_or(&empty);
     let demand = Demand::of(pod);
     let idle = Load::default();
-    let mut unfit = Unfit { nodes: nodes.len(), reasons: BTreeMap::new(), preemptable: 0 };
+    let mut unfit = Unfit {
+        nodes: view.nodes.len(),
+        blocked: None,
+        reasons: BTreeMap::new(),
+        preemptable: 0,
+        preemption: Preemption::NoVictims,
+    };
+    if spec.preemption_policy.as_deref() == Some("Never") {
+        unfit.preemption = Preemption::Never;
+    }
+    if spec.resource_claims.as_ref().is_some_and(|c| !c.is_empty()) {
+        unfit.blocked = Some("pod has resource claims, which this scheduler does not allocate".into());
+        return Err(unfit);
+    }
+    let volumes = match Volumes::of(pod, view.storage) {
+        Ok(volumes) => volumes,
+        Err(reason) => {
+            unfit.blocked = Some(reason);
+            return Err(unfit);
+        }
+    };
+    let related = view.related.iter().filter_map(|uid| view.placed.get(uid));
+    let rules = Rules::of(pod, view.nodes, || view.placed.values(), related, view.namespaces);
     let mut fitting: Vec<&Arc<Node>> = Vec::new();
-    for node in nodes {
-        let load = loads.get(name(node)).unwrap_or(&idle);
-        match fits(spec, &demand, node, load) {
+    let mut crowded: HashSet<&str> = HashSet::new();
+    for node in view.nodes {
+        let load = view.loads.get(name(node)).unwrap_or(&idle);
+        match fits(spec, &demand, node, load, &volumes, &rules) {
             Ok(()) => fitting.push(node),
             Err(misfit) => {
-                unfit.preemptable += usize::from(misfit.preemptable);
+                if misfit.preemptable {
+                    unfit.preemptable += 1;
+                    crowded.insert(name(node));
+                }
                 for reason in misfit.reasons {
                     *unfit.reasons.entry(reason).or_default() += 1;
                 }
             }
         }
     }
+    if fitting.is_empty() && unfit.preemption != Preemption::Never && !crowded.is_empty() {
+        let lower = view.placed.values().filter(|p| priority(&p.pod) < priority(pod));
+        let victims: HashSet<&str> = lower.map(|p| p.node.as_str()).filter(|n| crowded.contains(n)).collect();
+        if !victims.is_empty() {
+            unfit.preemption = Preemption::Unsupported(victims.len());
+        }
+    }
     let siblings = |node: &Node| {
         let owner = demand.owner.as_ref()?;
-        loads.get(name(node))?.owners.get(owner).copied()
+        view.loads.get(name(node))?.owners.get(owner).copied()
     };
     let mut zones: BTreeMap<&str, usize> = BTreeMap::new();
-    for node in nodes {
+    for node in view.nodes {
         if let Some(zone) = label(node, ZONE) {
             *zones.entry(zone).or_default() += siblings(node).unwrap_or(0);
         }
     }
-    let best = fitting.into_iter().min_by_key(|node| {
-        let taints = untolerated(spec, node, "PreferNoSchedule").count();
-        let preferred = preference(spec, node);
+    let scores = scores(spec, &fitting, &rules);
+    let best = fitting.into_iter().zip(scores).min_by_key(|(node, score)| {
         let zone = label(node, ZONE).and_then(|z| zones.get(z)).copied().unwrap_or(0);
-        let pods = loads.get(name(node)).map_or(0, |l| l.pods);
-        (taints, Reverse(preferred), siblings(node).unwrap_or(0), zone, pods, name(node))
+        let pods = view.loads.get(name(node)).map_or(0, |l| l.pods);
+        (Reverse(*score), siblings(node).unwrap_or(0), zone, pods, name(node))
     });
-    best.map(|node| name(node).to_string()).ok_or(unfit)
+    best.map(|(node, _)| name(node).to_string()).ok_or(unfit)
+}
+
+/// Points of the fitting nodes by what the pod prefers, each wish scaled to 100 and weighted as in kube-scheduler.
+fn scores(spec: &PodSpec, nodes: &[&Arc<Node>], rules: &Rules) -> Vec<i64> {
+    let range = |values: &[f64]| {
+        (values.iter().copied().fold(f64::INFINITY, f64::min), values.iter().copied().fold(f64::NEG_INFINITY, f64::max))
+    };
+    let taints: Vec<f64> = nodes.iter().map(|n| untolerated(spec, n, "PreferNoSchedule").count() as f64).collect();
+    let wanted: Vec<f64> = nodes.iter().map(|n| preference(spec, n) as f64).collect();
+    let company: Vec<f64> = nodes.iter().map(|n| rules.preference(n) as f64).collect();
+    let crowding: Vec<Option<f64>> = nodes.iter().map(|n| rules.crowding(n)).collect();
+    let most_taints = range(&taints).1;
+    let most_wanted = range(&wanted).1;
+    let (least_company, most_company) = range(&company);
+    let (least_crowded, most_crowded) = range(&crowding.iter().flatten().copied().collect::<Vec<_>>());
+    let points = |at: usize| {
+        let free = 100.0 - scaled(taints[at], 0.0, most_taints);
+        let apart = match crowding[at] {
+            None => 0.0,
+            Some(_) if most_crowded == 0.0 => 100.0,
+            Some(here) => 100.0 * (most_crowded + least_crowded - here) / most_crowded,
+        };
+        let sum = 3.0 * free
+            + 2.0 * scaled(wanted[at], 0.0, most_wanted)
+            + 2.0 * scaled(company[at], least_company, most_company)
+            + 2.0 * apart;
+        sum.round() as i64
+    };
+    (0..nodes.len()).map(points).collect()
 }
 
 fn name(node: &Node) -> &str {
@@ -264,7 +414,14 @@ struct Misfit {
     preemptable: bool,
 }
 
-fn fits(spec: &PodSpec, demand: &Demand, node: &Node, load: &Load) -> Result<(), Misfit> {
+fn fits(
+    spec: &PodSpec,
+    demand: &Demand,
+    node: &Node,
+    load: &Load,
+    volumes: &Volumes,
+    rules: &Rules,
+) -> Result<(), Misfit> {
     let never = |reason: &str| Err(Misfit { reasons: vec![reason.into()], preemptable: false });
     let node_spec = node.spec.clone().unwrap_or_default();
     if node.metadata.deletion_timestamp.is_some() {
@@ -290,20 +447,32 @@ fn fits(spec: &PodSpec, demand: &Demand, node: &Node, load: &Load) -> Result<(),
         let reason = "node(s) didn't have free ports for the requested pod ports";
         return Err(Misfit { reasons: vec![reason.into()], preemptable: true });
     }
-    // A node that does not report a resource is not limited by it: nodes of the standalone cluster share one machine.
+    // A node that does not report a basic resource is not limited by it: nodes of the standalone cluster share one machine.
+    // What a node does not report of other resources it does not have.
     let allocatable = node.status.as_ref().and_then(|s| s.allocatable.as_ref());
     let limit = |resource: &str| allocatable.and_then(|a| a.get(resource)).and_then(milli);
     let mut reasons = Vec::new();
     if limit("pods").is_some_and(|most| i64::try_from(load.pods).unwrap_or(i64::MAX).saturating_add(1) > most / 1000) {
         reasons.push("Too many pods".to_string());
     }
-    if demand.cpu_milli > 0 && limit("cpu").is_some_and(|most| load.cpu_milli + demand.cpu_milli > most) {
-        reasons.push("Insufficient cpu".into());
+    for (resource, need) in &demand.resources {
+        let basic = matches!(resource.as_str(), "cpu" | "memory" | "ephemeral-storage");
+        let most = limit(resource).or((!basic).then_some(0));
+        let used = load.resources.get(resource).copied().unwrap_or(0);
+        if most.is_some_and(|most| used.saturating_add(*need) > most) {
+            reasons.push(format!("Insufficient {resource}"));
+        }
     }
-    if demand.memory > 0 && limit("memory").is_some_and(|most| load.memory + demand.memory > most / 1000) {
-        reasons.push("Insufficient memory".into());
+    if !reasons.is_empty() {
+        return Err(Misfit { reasons, preemptable: true });
     }
-    if reasons.is_empty() { Ok(()) } else { Err(Misfit { reasons, preemptable: true }) }
+    let refusals = volumes.refusals(node);
+    if !refusals.is_empty() {
+        return Err(Misfit { reasons: refusals.into_iter().map(str::to_string).collect(), preemptable: false });
+    }
+    rules
+        .allow(node)
+        .map_err(|refusal| Misfit { reasons: vec![refusal.reason.into()], preemptable: refusal.preemptable })
 }
 
 /// Whether a toleration covers a taint (API doc of Toleration).
@@ -377,29 +546,64 @@ fn needs_node(pod: &Pod) -> bool {
         && pods::is_active(pod)
 }
 
+/// What a pod without a node waits for.
+#[derive(Clone, Copy, Debug)]
+struct Waits {
+    /// Where other pods are matters.
+    pods: bool,
+    /// It uses claims.
+    claims: bool,
+    priority: i32,
+}
+
+/// What a change of a pod means for pods that wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Effect {
+    Nothing,
+    /// A placed pod is new or changed what rules between pods look at.
+    Moved,
+    /// Room has become free.
+    Freed,
+}
+
 /// Where pods are, those included whose binding this process has begun.
 #[derive(Default)]
 struct Ledger {
     loads: BTreeMap<String, Load>,
-    placed: HashMap<String, (String, Demand)>,
+    placed: HashMap<String, Placed>,
+    /// uids of placed pods with affinity rules.
+    related: HashSet<String>,
     /// uids of pods whose binding is under way or not yet seen.
     assumed: HashSet<String>,
     /// Pods that found no node.
-    unschedulable: HashSet<Key>,
+    unschedulable: HashMap<Key, Waits>,
 }
 
 impl Ledger {
-    fn place(&mut self, uid: &str, node: &str, demand: Demand) {
-        if self.placed.get(uid).is_some_and(|(n, d)| n == node && *d == demand) {
-            return;
+    /// Says whether something has changed for rules between pods.
+    fn place(&mut self, uid: &str, node: &str, pod: &Arc<Pod>) -> bool {
+        let demand = Demand::of(pod);
+        if let Some(known) = self.placed.get_mut(uid)
+            && known.node == node
+            && known.demand == demand
+        {
+            let facts = |p: &Pod| (p.metadata.labels.clone(), p.metadata.deletion_timestamp.is_some());
+            let same = facts(&known.pod) == facts(pod);
+            known.pod = pod.clone();
+            return !same;
         }
         self.unplace(uid);
         self.loads.entry(node.to_string()).or_default().add(&demand);
-        self.placed.insert(uid.to_string(), (node.to_string(), demand));
+        if topology::has_affinity(pod) {
+            self.related.insert(uid.to_string());
+        }
+        self.placed.insert(uid.to_string(), Placed { pod: pod.clone(), node: node.to_string(), demand });
+        true
     }
 
     fn unplace(&mut self, uid: &str) -> bool {
-        let Some((node, demand)) = self.placed.remove(uid) else { return false };
+        let Some(Placed { node, demand, .. }) = self.placed.remove(uid) else { return false };
+        self.related.remove(uid);
         if let Some(load) = self.loads.get_mut(&node) {
             load.remove(&demand);
             if load.pods == 0 {
@@ -409,67 +613,108 @@ impl Ledger {
         true
     }
 
-    /// Follows a change of a pod. Says whether room has become free.
-    fn observe(&mut self, old: Option<&Arc<Pod>>, new: Option<&Arc<Pod>>) -> bool {
-        let Some(uid) = new.or(old).and_then(|p| p.metadata.uid.clone()) else { return false };
+    /// Follows a change of a pod.
+    fn observe(&mut self, old: Option<&Arc<Pod>>, new: Option<&Arc<Pod>>) -> Effect {
+        let Some(uid) = new.or(old).and_then(|p| p.metadata.uid.clone()) else { return Effect::Nothing };
         let node = new
             .filter(|p| !pods::is_finished(p))
             .and_then(|p| p.spec.as_ref()?.node_name.clone())
             .filter(|n| !n.is_empty());
         match (node, new) {
             (Some(node), Some(pod)) => {
-                self.assumed.remove(&uid);
-                self.place(&uid, &node, Demand::of(pod));
-                false
+                let landed = self.assumed.remove(&uid);
+                if self.place(&uid, &node, pod) || landed { Effect::Moved } else { Effect::Nothing }
             }
-            (None, Some(pod)) if self.assumed.contains(&uid) && pods::is_active(pod) => false,
+            (None, Some(pod)) if self.assumed.contains(&uid) && pods::is_active(pod) => Effect::Nothing,
             _ => {
                 self.assumed.remove(&uid);
-                self.unplace(&uid)
+                if self.unplace(&uid) { Effect::Freed } else { Effect::Nothing }
             }
         }
+    }
+
+    /// Takes out the waiting pods that `which` chooses, the most important first.
+    fn wake(&mut self, which: impl Fn(&Key, &Waits) -> bool) -> Vec<Key> {
+        let mut woken: Vec<(Key, Waits)> = self.unschedulable.extract_if(|key, waits| which(key, waits)).collect();
+        woken.sort_by(|(a, x), (b, y)| y.priority.cmp(&x.priority).then_with(|| a.cmp(b)));
+        woken.into_iter().map(|(key, _)| key).collect()
     }
 }
 
 const POISONED: &str = "the scheduler does not panic while it holds its ledger";
 
+impl Storage for Caches {
+    fn claim(&self, namespace: &str, name: &str) -> Option<Arc<PersistentVolumeClaim>> {
+        self.claims.get(namespace, name)
+    }
+
+    fn volume(&self, name: &str) -> Option<Arc<PersistentVolume>> {
+        self.volumes.get("", name)
+    }
+
+    fn class(&self, name: &str) -> Option<Arc<StorageClass>> {
+        self.storage_classes.get("", name)
+    }
+}
+
 /// Registers with the caches and returns the future that works.
 pub(crate) fn start(context: Context) -> impl Future<Output = ()> + Send + 'static {
-    let queue: Queue<Key> = Queue::new("scheduler");
+    let queue: Queue<Key> = context.queue("scheduler");
     let ledger: Arc<Mutex<Ledger>> = Arc::default();
     let (add, book) = (queue.clone(), ledger.clone());
     context.caches.pods.on_change(move |old, new| {
         let mut ledger = book.lock().expect(POISONED);
-        let freed = ledger.observe(old, new);
+        let effect = ledger.observe(old, new);
         if let Some(pod) = new.filter(|p| needs_node(p)) {
             let key = Key::of(&**pod);
             // A pod that waits for room is looked at again when its spec changes, not when its own condition does.
             let same_spec = old.is_some_and(|o| o.spec == pod.spec && o.metadata.uid == pod.metadata.uid);
-            if !same_spec || !ledger.unschedulable.contains(&key) {
+            if !same_spec || !ledger.unschedulable.contains_key(&key) {
                 add.add(key);
             }
         } else if let Some(pod) = new.or(old) {
             ledger.unschedulable.remove(&Key::of(&**pod));
         }
-        if freed {
-            for key in ledger.unschedulable.drain() {
-                add.add(key);
-            }
-        }
+        let woken = match effect {
+            Effect::Nothing => Vec::new(),
+            Effect::Moved => ledger.wake(|_, waits| waits.pods),
+            Effect::Freed => ledger.wake(|_, _| true),
+        };
+        woken.into_iter().for_each(|key| add.add(key));
     });
-    let (add, book) = (queue.clone(), ledger.clone());
+    let wake_all = {
+        let (add, book) = (queue.clone(), ledger.clone());
+        move |which: &dyn Fn(&Key, &Waits) -> bool| {
+            let woken = book.lock().expect(POISONED).wake(which);
+            woken.into_iter().for_each(|key| add.add(key));
+        }
+    };
+    let wake = wake_all.clone();
     context.caches.nodes.on_change(move |old, new| {
-        let Some(new) = new else { return };
-        let same = old.is_some_and(|old| {
+        let same = old.zip(new).is_some_and(|(old, new)| {
             let capacity = |n: &Node| n.status.as_ref().and_then(|s| s.allocatable.clone());
             old.spec == new.spec && old.metadata.labels == new.metadata.labels && capacity(old) == capacity(new)
         });
         if !same {
-            for key in book.lock().expect(POISONED).unschedulable.drain() {
-                add.add(key);
-            }
+            wake(&|_, _| true);
         }
     });
+    let wake = wake_all.clone();
+    context.caches.namespaces.on_change(move |old, new| {
+        let labels = |n: Option<&Arc<Namespace>>| n.and_then(|n| n.metadata.labels.clone());
+        if old.is_some() && labels(old) != labels(new) {
+            wake(&|_, waits| waits.pods);
+        }
+    });
+    let wake = wake_all.clone();
+    context.caches.claims.on_change(move |old, new| {
+        let namespace = new.or(old).and_then(|c| c.metadata.namespace.clone()).unwrap_or_default();
+        wake(&|key, waits| waits.claims && key.namespace == namespace);
+    });
+    let wake = wake_all.clone();
+    context.caches.volumes.on_change(move |_, _| wake(&|_, waits| waits.claims));
+    let wake = wake_all;
+    context.caches.storage_classes.on_change(move |_, _| wake(&|_, waits| waits.claims));
     async move {
         let events = context.recorder(SCHEDULER_NAME);
         let stop = context.shutdown.clone();
@@ -488,21 +733,43 @@ async fn schedule(
     if !needs_node(&pod) {
         return Ok(Next::Wait);
     }
-    let nodes = context.caches.nodes.all();
+    let attempts = |result| context.metrics.schedule_attempts.get_or_create_owned(&Outcome { result });
     let decision = {
         let mut ledger = ledger.lock().expect(POISONED);
         if ledger.assumed.contains(&uid) {
             return Ok(Next::Wait);
         }
-        let decision = choose(&pod, &nodes, &ledger.loads);
+        // Read under the lock: what changes later finds the pod among those that wait.
+        let nodes = context.caches.nodes.all();
+        let mut namespaces = NamespaceLabels::new();
+        if topology::has_affinity(&pod) || !ledger.related.is_empty() {
+            for namespace in context.caches.namespaces.all() {
+                let labels = namespace.metadata.labels.clone().unwrap_or_default();
+                namespaces.insert(namespace.metadata.name.clone().unwrap_or_default(), labels);
+            }
+        }
+        let view = View {
+            nodes: &nodes,
+            loads: &ledger.loads,
+            placed: &ledger.placed,
+            related: &ledger.related,
+            namespaces: &namespaces,
+            storage: &context.caches,
+        };
+        let decision = choose(&pod, &view);
         match &decision {
             Ok(node) => {
                 ledger.assumed.insert(uid.clone());
-                ledger.place(&uid, node, Demand::of(&pod));
+                ledger.place(&uid, node, &pod);
                 ledger.unschedulable.remove(&key);
             }
             Err(_) => {
-                ledger.unschedulable.insert(key.clone());
+                let waits = Waits {
+                    pods: topology::depends_on_pods(&pod) || !ledger.related.is_empty(),
+                    claims: !volumes::claim_names(&pod).is_empty(),
+                    priority: priority(&pod),
+                };
+                ledger.unschedulable.insert(key.clone(), waits);
             }
         }
         decision
@@ -524,6 +791,7 @@ async fn schedule(
                 api.create_subresource("binding", &key.name, &PostParams::default(), &binding).await;
             match bound {
                 Ok(_) => {
+                    attempts("scheduled").inc();
                     let text = format!("Successfully assigned {}/{} to {node}", key.namespace, key.name);
                     events.event(&about, EventType::Normal, "Scheduled", text);
                     Ok(Next::Wait)
@@ -538,6 +806,7 @@ async fn schedule(
                     if is_not_found(&error) || is_conflict(&error) {
                         return Ok(Next::Wait);
                     }
+                    attempts("error").inc();
                     let text = format!("binding rejected: {}", message(&error));
                     events.event(&about, EventType::Warning, "FailedScheduling", text);
                     Err(error).context("cannot bind the pod")
@@ -545,6 +814,7 @@ async fn schedule(
             }
         }
         Err(unfit) => {
+            attempts("unschedulable").inc();
             let text = unfit.message();
             let condition = pod
                 .status
@@ -567,8 +837,16 @@ async fn schedule(
                     Err(error) => return Err(error).context("cannot write the PodScheduled condition"),
                 }
                 events.event(&about, EventType::Warning, "FailedScheduling", text);
+                if let Preemption::Unsupported(nodes) = unfit.preemption {
+                    let text = format!(
+                        "{nodes} node(s) run pods of lower priority than {}, but this scheduler does not evict them; priority \
+                         only decides who is tried first",
+                        priority(&pod)
+                    );
+                    events.event(&about, EventType::Warning, "PreemptionNotSupported", text);
+                }
             }
-            Ok(Next::Wait)
+            Ok(Next::After(FLUSH))
         }
     }
 }

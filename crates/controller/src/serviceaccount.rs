@@ -38,7 +38,7 @@ pub fn root_ca(namespace: &str, ca: &str, existing: Option<&ConfigMap>) -> Optio
 
 /// Registers with the caches and returns the future that works.
 pub(crate) fn start(context: Context, accounts: bool, ca: Option<String>) -> impl Future<Output = ()> + Send + 'static {
-    let queue: Queue<Key> = Queue::new("serviceaccount");
+    let queue: Queue<Key> = context.queue("serviceaccount");
     let add = queue.clone();
     context.caches.namespaces.on_change(move |_, new| {
         if let Some(name) = new.and_then(|n| n.metadata.name.clone()) {

@@ -25,8 +25,7 @@ use crate::pods::{self, Availability};
 use crate::queue::{Key, Next, Queue};
 use crate::replicaset::{adopt, release, remove_pod, wake_owner};
 use crate::util::{
-    already_exists, controller_of, controller_reference, is_controlled_by, is_namespace_terminating, is_not_found,
-    message, reference,
+    already_exists, controller_of, controller_reference, is_namespace_terminating, is_not_found, message, reference,
 };
 
 const WORKERS: usize = 5;
@@ -439,7 +438,7 @@ pub fn revisions(
 
 /// Registers with the caches and returns the future that works.
 pub(crate) fn start(context: Context) -> impl Future<Output = ()> + Send + 'static {
-    let queue: Queue<Key> = Queue::new("statefulset");
+    let queue: Queue<Key> = context.queue("statefulset");
     let add = queue.clone();
     context.caches.stateful_sets.on_change(move |old, new| {
         if let Some(set) = new.or(old) {
@@ -477,19 +476,17 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     let revision_api: Api<ControllerRevision> = Api::namespaced(context.client.clone(), &key.namespace);
 
     let member = |pod: &Pod| ordinal(&set, pod).is_some();
-    let claim = pods::claim(&set.metadata, &spec.selector, caches.pods.list(&key.namespace), member);
+    let claim =
+        pods::claim(&set.metadata, &spec.selector, caches.pods.claimable(&key.namespace, uid, &spec.selector), member);
     for pod in &claim.adopt {
         adopt(&pod_api, &caches.pods, &*set, pod).await?;
     }
     for pod in &claim.release {
         release(&pod_api, &caches.pods, uid, pod).await?;
     }
-    let mut pods = caches.pods.list(&key.namespace);
-    pods.retain(|p| {
-        is_controlled_by(&**p, uid) && crate::selector::matches(&spec.selector, p.metadata.labels.as_ref())
-    });
-    let mut existing = caches.revisions.list(&key.namespace);
-    existing.retain(|r| is_controlled_by(&**r, uid));
+    let mut pods = uid.map(|uid| caches.pods.controlled_by(uid)).unwrap_or_default();
+    pods.retain(|p| crate::selector::matches(&spec.selector, p.metadata.labels.as_ref()));
+    let existing = uid.map(|uid| caches.revisions.controlled_by(uid)).unwrap_or_default();
 
     let mut collisions = set.status.as_ref().and_then(|s| s.collision_count).unwrap_or(0);
     let revisions = loop {
