@@ -1,5 +1,6 @@
 //! Tests of the server as clients see it: in process, over TLS, and across `kill -9`.
 
+mod access;
 mod crash;
 mod requests;
 mod streams;
