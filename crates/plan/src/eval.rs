@@ -107,8 +107,10 @@ pub fn packet(map: &ServiceMap, node: &NodeView, packet: &Packet, pick: impl FnO
         Backends::Drop => Outcome::Dropped,
         Backends::Usable(set) => {
             let backend = set[pick(set) % set.len()];
-            // A pod that reaches itself must see another source than itself, or it would answer itself directly.
-            let masqueraded = masquerade || backend.addr == packet.source;
+            // A pod that reaches itself must see another source than itself, or it would answer itself directly. Only the
+            // node of the pod does that: anywhere else a packet with such a source has gone astray.
+            let own = || map.services.values().any(|s| s.hairpin_addrs.contains(&backend.addr));
+            let masqueraded = masquerade || backend.addr == packet.source && own();
             Outcome::Forwarded { service: target.service.clone(), kind: target.kind, backend, masqueraded }
         }
     }

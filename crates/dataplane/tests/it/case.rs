@@ -43,6 +43,18 @@ pub fn load() -> Vec<Case> {
         .collect()
 }
 
+/// The cases as recorded with pods recognised by their networks (upstream's `ClusterCIDR`) instead of by interface.
+pub fn load_cluster_cidr() -> Vec<Case> {
+    let mut cases = load();
+    for step in cases.iter_mut().flat_map(|c| c.steps.iter_mut()) {
+        if let Some(expect) = step.get("expectClusterCIDR").cloned() {
+            step["expect"] = expect;
+            step["byNetwork"] = true.into();
+        }
+    }
+    cases
+}
+
 /// Names that are not passing yet, one a line.
 pub fn known_failing() -> BTreeSet<String> {
     let text = std::fs::read_to_string(conformance().join("known-failing/traffic.txt")).unwrap_or_default();

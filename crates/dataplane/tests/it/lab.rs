@@ -79,6 +79,12 @@ pub fn node_view(name: &str) -> NodeView {
     }
 }
 
+/// The node when it recognises pods by their networks.
+pub fn node_view_by_network(name: &str) -> NodeView {
+    let networks = ["pods", "pods.6"].iter().map(|n| network(n).unwrap().parse().unwrap()).collect();
+    NodeView { local_detection: LocalDetection::Networks(networks), ..node_view(name) }
+}
+
 pub struct Lab {
     pub spaces: BTreeMap<String, Netns>,
 }

@@ -9,5 +9,6 @@ mod evaluate;
 mod history;
 mod lab;
 mod life;
+mod oracle;
 mod probe;
 mod traffic;

@@ -1,7 +1,8 @@
 //! Sends one packet flow from somewhere in the lab and says what came back.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use portolan_linux::Netns;
@@ -49,12 +50,20 @@ pub enum Flow {
     Udp(UdpSocket),
 }
 
+static NEXT_PORT: AtomicU16 = AtomicU16::new(0);
+
 fn socket(space: &Netns, to: SocketAddr, kind: Type, mark: Option<u32>) -> Socket {
     let protocol = if kind == Type::STREAM { Protocol::TCP } else { Protocol::UDP };
     let socket = space.run(|| Socket::new(Domain::for_address(to), kind, Some(protocol))).unwrap().unwrap();
     socket.set_nonblocking(true).unwrap();
     if let Some(mark) = mark {
         socket.set_mark(mark).unwrap();
+    }
+    if kind == Type::DGRAM {
+        // A port that no earlier flow had, so that none that conntrack still knows is met again.
+        let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let port = 40_000 + NEXT_PORT.fetch_add(1, Ordering::Relaxed) % 20_000;
+        socket.bind(&SocketAddr::new(any, port).into()).unwrap();
     }
     socket
 }

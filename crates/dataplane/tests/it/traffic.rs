@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use portolan_dataplane::health::HealthServers;
 use portolan_dataplane::{Change, ServiceProxy};
+use portolan_plan::world::NodeView;
 use serde_json::Value;
 use tokio::task::JoinSet;
 
@@ -20,6 +21,22 @@ const SILENCE: Duration = Duration::from_millis(700);
 /// Anything else may take its time on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Starts the echo servers of the recording everywhere in the lab.
+pub fn serve(lab: &Lab, servers: &mut JoinSet<()>) {
+    for (name, space) in lab.spaces.iter().filter(|(n, _)| *n != "lan") {
+        let mut addresses: Vec<IpAddr> =
+            [name.clone(), format!("{name}.6")].iter().filter_map(|n| lab::address(n)).collect();
+        let mut ports = vec![8080, 8081, 8082];
+        let mut says = name.clone();
+        if let Some(k) = name.strip_prefix('n') {
+            addresses.extend([format!("{name}.gw"), format!("{name}.gw.6")].iter().filter_map(|n| lab::address(n)));
+            ports.push(30999);
+            says = format!("h{k}");
+        }
+        crate::echo::start(servers, space, &says, &addresses, &ports);
+    }
+}
+
 struct Site {
     lab: Lab,
     proxies: Vec<(ServiceProxy, HealthServers)>,
@@ -27,26 +44,15 @@ struct Site {
 }
 
 impl Site {
-    fn build() -> Site {
+    fn build(view: fn(&str) -> NodeView) -> Site {
         let lab = Lab::build();
         let mut servers = JoinSet::new();
-        for (name, space) in lab.spaces.iter().filter(|(n, _)| *n != "lan") {
-            let mut addresses: Vec<IpAddr> =
-                [name.clone(), format!("{name}.6")].iter().filter_map(|n| lab::address(n)).collect();
-            let mut ports = vec![8080, 8081, 8082];
-            let mut says = name.clone();
-            if let Some(k) = name.strip_prefix('n') {
-                addresses.extend([format!("{name}.gw"), format!("{name}.gw.6")].iter().filter_map(|n| lab::address(n)));
-                ports.push(30999);
-                says = format!("h{k}");
-            }
-            crate::echo::start(&mut servers, space, &says, &addresses, &ports);
-        }
+        serve(&lab, &mut servers);
         let proxies = NODES
             .iter()
             .map(|name| {
                 let space = &lab.spaces[*name];
-                let mut proxy = ServiceProxy::new(space, lab::node_view(name)).unwrap();
+                let mut proxy = ServiceProxy::new(space, view(name)).unwrap();
                 proxy.change(case::service_range());
                 (proxy, HealthServers::new(space.clone(), tokio::runtime::Handle::current()))
             })
@@ -348,15 +354,27 @@ fn check_http(expect: &Value, answer: &Result<probe::HttpAnswer, Seen>) -> Resul
 
 fn topic(name: &str) {
     let only = std::env::var("TRAFFIC_CASE").ok();
-    let cases: Vec<Case> =
-        case::load().into_iter().filter(|c| c.topic == name && only.as_ref().is_none_or(|o| *o == c.id)).collect();
+    let chosen = |c: &Case| c.topic == name && only.as_ref().is_none_or(|o| *o == c.id);
+    run_cases(name, case::load().into_iter().filter(chosen).collect(), lab::node_view);
+}
+
+/// What is recorded with other expectations for pods recognised by network; the evaluator takes all cases that way.
+#[test]
+fn pods_recognised_by_network() {
+    let differs = |c: &Case| c.steps.iter().any(|s| s.get("byNetwork").is_some());
+    let cases: Vec<Case> = case::load_cluster_cidr().into_iter().filter(differs).collect();
+    assert!(!cases.is_empty());
+    run_cases("by network", cases, lab::node_view_by_network);
+}
+
+fn run_cases(name: &str, cases: Vec<Case>, view: fn(&str) -> NodeView) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let results: Vec<(String, Result<(), String>)> = runtime.block_on(async {
         let mut labs = JoinSet::new();
         for chunk in cases.chunks(CASES_A_LAB) {
             let chunk = chunk.to_vec();
             labs.spawn(async move {
-                let mut site = Site::build();
+                let mut site = Site::build(view);
                 let mut results = Vec::new();
                 for case in chunk {
                     let result = site.run(&case).await;
