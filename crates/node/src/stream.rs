@@ -42,6 +42,8 @@ const CHANNELS: &[&str] =
 /// The same on SPDY; what is new in v5 is for WebSockets.
 const SPDY_CHANNELS: &[&str] = &["v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io"];
 const SPDY_PORT_FORWARD: &[&str] = &["portforward.k8s.io"];
+/// A SPDY connection inside the messages of a WebSocket, as kubectl since 1.31 forwards ports (KEP-4006).
+const TUNNEL: &str = "SPDY/3.1+portforward.k8s.io";
 /// Names the protocol on SPDY, in the request and in the answer.
 const PROTOCOL_VERSION: HeaderName = HeaderName::from_static("x-stream-protocol-version");
 /// Lists what the server knows when it knows none of a client's protocols.
@@ -638,8 +640,10 @@ async fn attend<T>(
 pub(crate) async fn attach(run: Arc<Running>, stdin_once: bool, options: StreamOptions, client: Client) {
     let mut live = run.sink.subscribe();
     let Client { source, out, writer } = client;
-    let pipe = options.stdin.then(|| container::take_stdin(&run)).flatten();
-    let input = match (&run.terminal, pipe.as_ref().and_then(|fd| fd.try_clone().ok())) {
+    let mut pipe = options.stdin.then(|| container::take_stdin(&run)).flatten();
+    // With stdinOnce the end of this client's input is the end of the container's: no other copy may stay open.
+    let own = if stdin_once { pipe.take() } else { pipe.as_ref().and_then(|fd| fd.try_clone().ok()) };
+    let input = match (&run.terminal, own) {
         (Some(terminal), _) if options.stdin => Input::Terminal(terminal.clone()),
         (_, Some(copy)) => pipe_sender(copy).map_or(Input::None, |sender| Input::Pipe(Box::new(sender))),
         _ => Input::None,
@@ -671,9 +675,7 @@ pub(crate) async fn attach(run: Arc<Running>, stdin_once: bool, options: StreamO
         () = output.as_mut() => false,
         () = input => false,
     };
-    if let Some(fd) = pipe
-        && !stdin_once
-    {
+    if let Some(fd) = pipe {
         container::return_stdin(&run, fd);
     }
     if ended {
@@ -721,6 +723,12 @@ pub(crate) fn port_forward(
 ) -> Result<Response<Body>, Refusal> {
     if wants_spdy(request.headers()) {
         return upgrade_spdy(request, SPDY_PORT_FORWARD, move |session, _| forward_pairs(sandbox, pod, session));
+    }
+    if list(&request, SEC_WEBSOCKET_PROTOCOL).iter().any(|offer| offer == TUNNEL) {
+        return upgrade(request, &[TUNNEL], move |socket, _| async move {
+            let (inside, outside) = tokio::io::duplex(2 * BUFFER);
+            tokio::join!(tunnel(socket, outside), forward_pairs(sandbox, pod, Session::start(inside)));
+        });
     }
     let mut ports = Vec::new();
     for text in query.all("ports").chain(query.all("port")).flat_map(|list| list.split(',')) {
@@ -807,6 +815,43 @@ async fn forward_one(sandbox: Sandbox, port: u16, index: u8, mut incoming: mpsc:
     tokio::select! {
         () = out.copy(2 * index, Some(read)) => {}
         () = up => {}
+    }
+}
+
+/// Carries a connection in the binary messages of a WebSocket, whose boundaries mean nothing.
+async fn tunnel(socket: Socket, io: tokio::io::DuplexStream) {
+    let (mut sink, mut source) = socket.split();
+    let (mut read, mut write) = tokio::io::split(io);
+    let up = async {
+        while let Some(Ok(message)) = source.next().await {
+            match message {
+                Message::Binary(data) => {
+                    if write.write_all(&data).await.is_err() {
+                        return;
+                    }
+                }
+                Message::Close(_) => break,
+                _ => {}
+            }
+        }
+        let _ = write.shutdown().await;
+    };
+    let down = async {
+        let mut buffer = vec![0; BUFFER];
+        while let Ok(n) = read.read(&mut buffer).await {
+            if n == 0 || sink.send(Message::binary(buffer[..n].to_vec())).await.is_err() {
+                break;
+            }
+        }
+        let close = CloseFrame { code: CloseCode::Normal, reason: "".into() };
+        let _ = sink.send(Message::Close(Some(close))).await;
+        let _ = sink.close().await;
+    };
+    tokio::pin!(up, down);
+    tokio::select! {
+        () = &mut up => down.await,
+        // The client's own Close, which it may not send.
+        () = &mut down => drop(tokio::time::timeout(Duration::from_secs(1), up).await),
     }
 }
 
