@@ -45,6 +45,11 @@ until_ok() {
   done
 }
 
+# has_address NAMESPACE OBJECT: whether a Service or an Ingress has a load balancer's address (kubectl wait knows no jsonpath before 1.23).
+has_address() {
+  [ -n "$(kubectl -n "$1" get "$2" -o jsonpath='{.status.loadBalancer.ingress[*].ip}')" ]
+}
+
 say "1. A cluster, from nothing but the binary"
 if ! "$portolan" status --name "$name" >/dev/null 2>&1; then
   "$portolan" up --name "$name" --nodes 2 --zones 2 --detach || exit 1
@@ -95,12 +100,12 @@ for address in $(kubectl get nodes -o jsonpath='{.items[*].status.addresses[?(@.
 done
 
 say "6. LoadBalancer: an address of its own, from outside"
-until_ok 20 kubectl -n production wait service/web-frontend-lb --for=jsonpath='{.status.loadBalancer.ingress[0].ip}' --timeout=20s
+until_ok 20 has_address production service/web-frontend-lb
 address=$(kubectl -n production get service web-frontend-lb -o jsonpath='{.status.loadBalancer.ingress[0].ip}')
 show '"pod":"web-frontend-' "${outside[@]}" curl -sS --max-time 5 "http://$address/"
 
 say "7. Ingress: by name, with TLS, through DNS, load balancer, proxy and Service endpoints"
-until_ok 20 kubectl -n production wait ingress/web-ingress --for=jsonpath='{.status.loadBalancer.ingress[0].ip}' --timeout=20s
+until_ok 20 has_address production ingress/web-ingress
 show '^192\.168\.70\.' "${outside[@]}" dig +short api.example.com
 show '"path":"/",.*"pod":"users-api-' "${outside[@]}" curl -sSk --max-time 5 https://api.example.com/users
 show '"pod":"products-api-' "${outside[@]}" curl -sSk --max-time 5 https://api.example.com/products

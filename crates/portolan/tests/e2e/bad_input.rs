@@ -9,26 +9,34 @@ fn bad_manifests_are_refused_with_the_usual_words() {
     let c = up("bad");
     let service = |spec: &str| format!("{{apiVersion: v1, kind: Service, metadata: {{name: s}}, spec: {spec}}}");
     let table = [
-        ("apiVersion: v1\nkind: [", "error"),
-        ("{apiVersion: v1, kind: Nothing, metadata: {name: a}}", "no matches for kind \"Nothing\""),
-        (&service("{prots: []}"), "unknown field \"spec.prots\""),
-        (&service("{ports: [{port: 99999}]}"), "must be between 1 and 65535, inclusive"),
+        ("apiVersion: v1\nkind: [", "error", None),
+        ("{apiVersion: v1, kind: Nothing, metadata: {name: a}}", "no matches for kind \"Nothing\"", None),
+        (&service("{prots: []}"), "unknown field \"spec.prots\"", Some("(Service.spec): unknown field \"prots\"")),
+        (&service("{ports: [{port: 99999}]}"), "must be between 1 and 65535, inclusive", None),
         (
             &service("{ports: [{port: many}]}"),
             "cannot unmarshal string into Go struct field ServicePort.spec.ports.port of type int32",
+            Some("(Service.spec.ports[0].port): invalid type"),
         ),
-        (&service("{ports: [{port: 80}, {port: 81}]}"), "spec.ports[0].name: Required value"),
-        (&service("{type: NodePort, ports: [{port: 80, nodePort: 80}]}"), "provided port is not in the valid range"),
-        (&service("{clusterIP: 10.1.2.3, ports: [{port: 80}]}"), "spec.clusterIPs"),
-        ("{apiVersion: v1, kind: ConfigMap, metadata: {name: Not_A_Name}}", "RFC 1123"),
+        (&service("{ports: [{port: 80}, {port: 81}]}"), "spec.ports[0].name: Required value", None),
+        (
+            &service("{type: NodePort, ports: [{port: 80, nodePort: 80}]}"),
+            "provided port is not in the valid range",
+            None,
+        ),
+        (&service("{clusterIP: 10.1.2.3, ports: [{port: 80}]}"), "spec.clusterIPs", None),
+        ("{apiVersion: v1, kind: ConfigMap, metadata: {name: Not_A_Name}}", "RFC 1123", None),
         (
             "{apiVersion: v1, kind: ConfigMap, metadata: {name: a, namespace: nowhere}}",
             "namespaces \"nowhere\" not found",
+            None,
         ),
     ];
-    for (manifest, expected) in table {
+    // kubectl before 1.25 checks manifests itself, against the published schema, and says it in its own words.
+    for (manifest, expected, by_kubectl) in table {
         let refused = c.apply(manifest);
-        assert!(refused.code != Some(0) && refused.stderr.contains(expected), "expected {expected:?}: {refused}");
+        let said = [Some(expected), by_kubectl].into_iter().flatten().any(|text| refused.stderr.contains(text));
+        assert!(refused.code != Some(0) && said, "expected {expected:?} or {by_kubectl:?}: {refused}");
     }
     c.kubectl("get nodes").has("Ready").unwrap();
 }
@@ -111,11 +119,8 @@ fn a_load_balancer_without_addresses_says_why_and_recovers() {
     });
     let other = if pending == "lb-0" { "lb-1" } else { "lb-0" };
     c.kubectl(&format!("delete service {other} --timeout=30s")).ok();
-    c.kubectl_args([
-        "wait",
-        &format!("service/{pending}"),
-        "--for=jsonpath={.status.loadBalancer.ingress[0].ip}",
-        "--timeout=60s",
-    ])
-    .ok();
+    eventually("the freed address is given to it", LIMIT, || {
+        let ip = c.kubectl(&format!("get service {pending} -o jsonpath={{.status.loadBalancer.ingress[*].ip}}")).ok();
+        if ip.is_empty() { Err("no address") } else { Ok(()) }
+    });
 }
