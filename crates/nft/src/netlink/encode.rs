@@ -161,7 +161,9 @@ fn type_number(fam: Family, fields: &[FieldType]) -> u32 {
                 (FieldType::Proto, _) => 12,
                 (FieldType::Port, _) => 13,
                 (FieldType::Mark, _) => 19,
-                (FieldType::Index, _) => 4,
+                // Not 4, nft's plain integer: that has no length of its own, on which nft 1.0.6 aborts when it lists
+                // the elements. A mark also is a 32-bit number.
+                (FieldType::Index, _) => 19,
             }
     })
 }

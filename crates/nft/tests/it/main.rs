@@ -271,6 +271,22 @@ fn what_is_written_is_read_back() {
 }
 
 #[test]
+fn nft_lists_what_is_written() {
+    in_namespace(|| {
+        for family in [Family::Ip, Family::Ip6] {
+            let table = Table { family, name: "listed".into() };
+            NetlinkExecutor::new().unwrap().commit(&everything(&table)).unwrap();
+            let listed = std::process::Command::new("nft").args(["list", "ruleset"]).output().unwrap();
+            let text = String::from_utf8_lossy(&listed.stdout);
+            assert!(listed.status.success(), "{family:?}: {}", String::from_utf8_lossy(&listed.stderr));
+            for set in sets() {
+                assert!(text.contains(&format!(" {} {{", set.name)), "{family:?} {}: {text}", set.name);
+            }
+        }
+    });
+}
+
+#[test]
 fn a_refused_transaction_leaves_nothing_and_says_which_step() {
     in_namespace(|| {
         let table = Table { family: Family::Ip, name: "atomic".into() };
