@@ -1301,8 +1301,6 @@ fn unsupported(spec: &PodSpec, limits_available: bool) -> Vec<String> {
     let containers = spec.init_containers.iter().flatten().map(|c| ("initContainers", c));
     for (kind, container) in containers.chain(spec.containers.iter().map(|c| ("containers", c))) {
         let path = |field: &str| format!("spec.{kind}{{{}}}.{field}", container.name);
-        let host_port = container.ports.iter().flatten().any(|p| p.host_port.is_some_and(|p| p > 0));
-        note(host_port && spec.host_network != Some(true), path("ports.hostPort"));
         let limited = container.resources.as_ref().and_then(|r| r.limits.as_ref()).is_some_and(|l| !l.is_empty());
         note(limited && !limits_available, path("resources.limits (this machine's cgroups cannot be used)"));
         note(container.restart_policy_rules.is_some(), path("restartPolicyRules"));
@@ -1477,11 +1475,10 @@ mod tests {
     fn fields_that_nothing_acts_on_are_named() {
         let spec: PodSpec = serde_json::from_value(serde_json::json!({
             "shareProcessNamespace": true,
-            "containers": [{"name": "web", "ports": [{"containerPort": 80, "hostPort": 80}],
-                            "resources": {"limits": {"memory": "1Gi"}}}]}))
+            "containers": [{"name": "web", "resources": {"limits": {"memory": "1Gi"}}}]}))
         .unwrap();
-        assert_eq!(unsupported(&spec, true), ["spec.containers{web}.ports.hostPort", "spec.shareProcessNamespace"]);
-        assert_eq!(unsupported(&spec, false).len(), 3);
+        assert_eq!(unsupported(&spec, true), ["spec.shareProcessNamespace"]);
+        assert_eq!(unsupported(&spec, false).len(), 2);
         assert!(unsupported(&PodSpec::default(), false).is_empty());
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::core::v1::{Event, Node, Service};
+use k8s_openapi::api::core::v1::{Event, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Client;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
@@ -49,6 +49,8 @@ async fn objects_written_through_the_api_reach_the_kernel() {
     let client = |user: &str| Client::new(server.local_service(User::new(user, &["system:masters"])), "default");
     let admin = client("test");
     let space = crate::lab::unnamed_namespace();
+    let up = space.run(|| std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status());
+    assert!(up.unwrap().unwrap().success());
     let nodes: Api<Node> = Api::all(admin.clone());
     let services: Api<Service> = Api::namespaced(admin.clone(), "default");
     let slices: Api<EndpointSlice> = Api::namespaced(admin.clone(), "default");
@@ -112,6 +114,51 @@ async fn objects_written_through_the_api_reach_the_kernel() {
         times.push(until("slots follow the endpoints", || slots(addresses.len())).await);
     }
     println!("from the answer to a write to its effect in the kernel: {times:?}");
+
+    // A pod's host port, from the pods of this node.
+    let accounts: Api<ServiceAccount> = Api::namespaced(admin.clone(), "default");
+    accounts.create(&create, &from(json!({"metadata": {"name": "default"}}))).await.unwrap();
+    let pods: Api<Pod> = Api::namespaced(admin.clone(), "default");
+    let pod: Pod = from(json!({
+        "metadata": {"name": "hosted"},
+        "spec": {"nodeName": "node-1", "containers": [{"name": "c", "image": "x", "ports": [{"containerPort": 8080, "hostPort": 31500}]}]},
+    }));
+    pods.create(&create, &pod).await.unwrap();
+    let status = json!({"status": {"phase": "Running", "podIP": "10.244.1.9", "podIPs": [{"ip": "10.244.1.9"}]}});
+    pods.patch_status("hosted", &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
+    let host_ports = |wanted: usize| {
+        let seen = elements(&space, SetId::HostPorts);
+        if seen.len() == wanted { Ok(()) } else { Err(format!("{seen:?}")) }
+    };
+    until("the host port is there", || host_ports(1)).await;
+    pods.delete("hosted", &DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() }).await.unwrap();
+    until("the host port is gone", || host_ports(0)).await;
+
+    // What balancers, people and the end-to-end suite ask the proxy itself.
+    let ask = async |port: u16, path: &str| {
+        let at = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            match crate::probe::http(&space, at, None, "GET", path, DEADLINE).await {
+                Ok(answer) => return answer,
+                Err(seen) => assert!(Instant::now() < deadline, "{path}: {seen:?}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    assert_eq!(ask(10249, "/proxyMode").await.body, "nftables");
+    assert!(ask(10249, "/metrics").await.body.contains("kubeproxy_sync_proxy_rules_duration_seconds"));
+    let body: Value = serde_json::from_str(&ask(10256, "/healthz").await.body).unwrap();
+    assert_eq!((&body["healthy"], &body["nodeEligible"]), (&json!(true), &json!(true)), "{body}");
+    assert_eq!(body["status"]["IPv4"]["healthy"], true, "{body}");
+    let taint = |list: Value| Patch::Merge(json!({"spec": {"taints": list}}));
+    let leaving = json!([{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]);
+    nodes.patch("node-1", &PatchParams::default(), &taint(leaving)).await.unwrap();
+    let deadline = Instant::now() + DEADLINE;
+    while ask(10256, "/healthz").await.status != 503 {
+        assert!(Instant::now() < deadline, "a node that leaves is still eligible");
+    }
+    assert_eq!(ask(10256, "/livez").await.status, 200);
 
     // A Service that takes an address of an older one gets an event, and the older one goes on.
     let thief: Service = from(json!({

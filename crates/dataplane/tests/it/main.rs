@@ -10,5 +10,6 @@ mod history;
 mod lab;
 mod life;
 mod oracle;
+mod ports;
 mod probe;
 mod traffic;

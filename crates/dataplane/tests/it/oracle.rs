@@ -125,7 +125,7 @@ fn service(random: &mut Random, i: usize) -> Value {
 fn slice(random: &mut Random, i: usize, k: usize, family: &str) -> Value {
     let hinted = random.chance(30);
     let terminating_world = random.chance(25);
-    let endpoints: Vec<Value> = (0..random.below(5))
+    let endpoints: Vec<Value> = (0..random.pick(&[0, 1, 2, 3, 4, 4, 5]))
         .map(|_| {
             let name = random.pick(&[
                 "p1a", "p1b", "p2a", "p2b", "p3a", "p3b", "p1a", "p2a", "p3a", "n1", "n2", "n3", "p1dead", "p3dead",
@@ -151,7 +151,7 @@ fn slice(random: &mut Random, i: usize, k: usize, family: &str) -> Value {
         })
         .collect();
     // 8083 is a port on which nobody listens.
-    let mut port = |name: &str, protocol: &str| json!({"name": name, "protocol": protocol, "port": random.pick(&[8080, 8081, 8082, 8080, 8081, 8083])});
+    let mut port = |name: &str, protocol: &str| json!({"name": name, "protocol": protocol, "port": random.pick(&[8080, 8081, 8082, 8080, 8081, 8082, 8080, 8083])});
     json!({
         "kind": "EndpointSlice",
         "metadata": {"name": format!("s{i}-{k}{}", if family.is_empty() { "" } else { "-6" }), "labels": {"kubernetes.io/service-name": format!("s{i}")}},
@@ -185,8 +185,11 @@ fn packet(random: &mut Random) -> Value {
     let family = random.pick(&["", "", ".6"]);
     let protocol = random.pick(&["tcp", "udp"]);
     let (to, port) = match random.below(12) {
-        0..=3 => (format!("C{}", i + 1), random.pick(&[80, 80, 80, 81, 82])),
-        4..=6 => (random.pick(&["n1", "n2", "n3", "n1.gw", "n2.gw"]).to_owned(), 30080 + 10 * i + random.below(2)),
+        0..=3 => (format!("C{}", i + 1), random.pick(&[80, 80, 80, 80, 80, 80, 81, 82])),
+        4..=6 => (
+            random.pick(&["n1", "n2", "n3", "n1.gw", "n2.gw"]).to_owned(),
+            30080 + 10 * i + u64::from(random.chance(15)),
+        ),
         7 | 8 => (format!("L{}", random.pick(&[i + 1, 9])), 80),
         9 => (format!("E{}", random.pick(&[i + 1, 9])), random.pick(&[80, 80, 83])),
         10 => (random.pick(&["n1", "n2", "n3", "n3.gw"]).to_owned(), random.pick(&[31500, 31501, 30080])),
