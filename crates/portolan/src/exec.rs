@@ -38,8 +38,8 @@ impl FromStr for Place {
         match text.split('/').collect::<Vec<_>>()[..] {
             ["outside"] => Ok(Place::Outside),
             ["router"] => Ok(Place::Router),
-            ["node", name] if !name.is_empty() => Ok(Place::Node(name.into())),
-            ["pod", namespace, name] if !namespace.is_empty() && !name.is_empty() => {
+            ["node", name] if is_name(name) => Ok(Place::Node(name.into())),
+            ["pod", namespace, name] if is_name(namespace) && is_name(name) => {
                 Ok(Place::Pod { namespace: namespace.into(), name: name.into() })
             }
             _ => Err("expected outside, router, node/NAME or pod/NAMESPACE/NAME".into()),
@@ -47,11 +47,14 @@ impl FromStr for Place {
     }
 }
 
+/// Whether a text can name an object, and so be a part of a path: not empty, no `.` or `..`.
+fn is_name(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphanumeric())
+}
+
 /// Replaces this process by `command` in the given place; returns only on failure.
 pub fn run(paths: &Paths, place: &Place, command: &[OsString]) -> Result<std::convert::Infallible> {
-    if paths.read_state()?.is_none() {
-        bail!("cluster {} is not running; start it with: portolan up --name {0} --detach", paths.name);
-    }
+    paths.running()?;
     let (netns, resolv_conf) = find(paths, place)?;
     let netns = Netns::open(netns)?;
     netns.enter().context("cannot enter the network namespace (are you root?)")?;
@@ -79,18 +82,37 @@ fn find(paths: &Paths, place: &Place) -> Result<(PathBuf, Option<PathBuf>)> {
     Ok(match place {
         Place::Outside => (named("outside")?, Some(paths.outside_resolv_conf())),
         Place::Router => (named("fabric")?, Some(paths.outside_resolv_conf())),
-        Place::Node(name) => (named(name)?, None),
+        Place::Node(name) => {
+            let nodes = paths.read_state()?.map(|state| state.nodes).unwrap_or_default();
+            if !nodes.iter().any(|node| node.name == *name) {
+                let names: Vec<String> = nodes.into_iter().map(|node| node.name).collect();
+                bail!("cluster {} has no node {name}; its nodes are {}", paths.name, names.join(", "));
+            }
+            // A node is a host on the LAN and resolves as those do; the machine's own name server is not reachable from it.
+            (named(name)?, Some(paths.outside_resolv_conf()))
+        }
         Place::Pod { namespace, name } => {
-            let netns = portolan_node::pod_netns(&paths.run, namespace, name).with_context(|| {
-                format!(
-                    "pod {namespace}/{name} has no network in cluster {} (it does not run, or uses its node's)",
-                    paths.name
-                )
-            })?;
+            let netns = match portolan_node::pod_netns(&paths.run, namespace, name) {
+                Some(netns) => netns,
+                None => return find(paths, &Place::Node(host_network_node(paths, namespace, name)?)),
+            };
             let resolv_conf = netns.with_file_name("resolv.conf");
             (netns, resolv_conf.exists().then_some(resolv_conf))
         }
     })
+}
+
+/// The node of a pod that uses its node's network.
+fn host_network_node(paths: &Paths, namespace: &str, name: &str) -> Result<String> {
+    let prefix = format!("{namespace}_{name}_");
+    let nodes = std::fs::read_dir(paths.run.join("node")).into_iter().flatten().flatten();
+    for node in nodes {
+        let mut pods = std::fs::read_dir(node.path().join("pods")).into_iter().flatten().flatten();
+        if pods.any(|pod| pod.file_name().to_string_lossy().starts_with(&prefix)) {
+            return Ok(node.file_name().to_string_lossy().into_owned());
+        }
+    }
+    bail!("pod {namespace}/{name} does not run in cluster {}", paths.name)
 }
 
 #[cfg(test)]
@@ -102,7 +124,7 @@ mod tests {
         assert_eq!("outside".parse(), Ok(Place::Outside));
         assert_eq!("node/node-1".parse(), Ok(Place::Node("node-1".into())));
         assert_eq!("pod/a/b".parse(), Ok(Place::Pod { namespace: "a".into(), name: "b".into() }));
-        for bad in ["", "node", "node/", "pod/a", "pod/a/b/c", "x"] {
+        for bad in ["", "node", "node/", "pod/a", "pod/a/b/c", "x", "node/..", "pod/../a"] {
             assert!(bad.parse::<Place>().is_err(), "{bad}");
         }
     }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod details;
 mod kubectl;
 mod lifecycle;
 mod path;
