@@ -252,9 +252,12 @@ async fn serve_http(stream: TcpStream, peer: SocketAddr, state: Arc<State>, shut
 type Body = BoxBody<Bytes, Infallible>;
 
 async fn answer(request: Request<Incoming>, peer: SocketAddr, local: SocketAddr, state: &State) -> Response<Body> {
-    let query = parse_query(request.uri().query().unwrap_or_default());
+    let (request, mut body) = request.into_parts();
+    // Read to its end: an answer given before would cut the upload off, which clients and proxies take for a broken server.
+    while let Some(Ok(_)) = body.frame().await {}
+    let query = parse_query(request.uri.query().unwrap_or_default());
     let mut status = StatusCode::OK;
-    match request.uri().path() {
+    match request.uri.path() {
         "/healthz" => {
             return if state.failing.load(Ordering::Relaxed) {
                 text(StatusCode::INTERNAL_SERVER_ERROR, "failing\n")
@@ -290,15 +293,15 @@ async fn answer(request: Request<Incoming>, peer: SocketAddr, local: SocketAddr,
         _ => {}
     }
     let mut object = state.object(peer, local);
-    let host = request.uri().authority().map(|a| a.to_string()).or_else(|| {
-        request.headers().get(http::header::HOST).map(|host| String::from_utf8_lossy(host.as_bytes()).into_owned())
+    let host = request.uri.authority().map(|a| a.to_string()).or_else(|| {
+        request.headers.get(http::header::HOST).map(|host| String::from_utf8_lossy(host.as_bytes()).into_owned())
     });
-    object.insert("method".into(), json!(request.method().as_str()));
+    object.insert("method".into(), json!(request.method.as_str()));
     object.insert("host".into(), json!(host.unwrap_or_default()));
-    object.insert("path".into(), json!(request.uri().path()));
-    object.insert("query".into(), json!(request.uri().query().unwrap_or_default()));
+    object.insert("path".into(), json!(request.uri.path()));
+    object.insert("query".into(), json!(request.uri.query().unwrap_or_default()));
     let mut headers: BTreeMap<String, String> = BTreeMap::new();
-    for (name, value) in request.headers() {
+    for (name, value) in &request.headers {
         let value = String::from_utf8_lossy(value.as_bytes());
         headers
             .entry(name.to_string())
