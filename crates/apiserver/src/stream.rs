@@ -70,6 +70,11 @@ async fn kubelet_error(response: Response<Body>) -> Status {
         Ok(collected) => String::from_utf8_lossy(&collected.to_bytes()).trim().to_owned(),
         Err(error) => error.to_string(),
     };
+    // The kubelet answers with a Status of its own, whose message is what to pass on.
+    let text = match serde_json::from_str::<serde_json::Value>(&text) {
+        Ok(status) if status["kind"] == "Status" => status["message"].as_str().map(str::to_owned).unwrap_or(text),
+        _ => text,
+    };
     match code {
         400 => Status::bad_request(text),
         404 => Status::new(404, "NotFound", text),
