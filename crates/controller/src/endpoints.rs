@@ -16,6 +16,7 @@ use portolan_plan::slices::{
 
 use crate::Context;
 use crate::cache::Caches;
+use crate::metrics::{Hints, Operation, Outcome};
 use crate::queue::{Key, Next, Queue, Waiting};
 use crate::selector::SelectorIndex;
 use crate::util::{already_exists, is_conflict, is_namespace_terminating, is_not_found, message, reference};
@@ -47,6 +48,36 @@ struct Shared {
     legacy_triggers: Mutex<HashMap<Key, TriggerTimes>>,
     /// Families with proportional hints, by Service.
     hinted: Mutex<HashMap<Key, Vec<Family>>>,
+    /// What each Service adds to the gauges.
+    tally: Mutex<HashMap<Key, Tally>>,
+}
+
+/// What a Service has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Tally {
+    endpoints: usize,
+    slices: usize,
+    /// Slices if they were packed perfectly.
+    packed: usize,
+}
+
+impl Tally {
+    fn of<'a>(slices: impl Iterator<Item = &'a EndpointSlice>, max_per_slice: usize) -> Tally {
+        let mut tally = Tally::default();
+        // Only slices of one family and with the same ports could be merged.
+        let mut groups: Vec<(&EndpointSlice, usize)> = Vec::new();
+        for slice in slices {
+            let endpoints = slice.endpoints.as_ref().map_or(0, Vec::len);
+            tally.slices += 1;
+            tally.endpoints += endpoints;
+            match groups.iter_mut().find(|(s, _)| s.address_type == slice.address_type && s.ports == slice.ports) {
+                Some((_, count)) => *count += endpoints,
+                None => groups.push((slice, endpoints)),
+            }
+        }
+        tally.packed = groups.iter().map(|(_, count)| count.div_ceil(max_per_slice.max(1)).max(1)).sum();
+        tally
+    }
 }
 
 const POISONED: &str = "no endpoint controller panics while it holds a lock";
@@ -63,6 +94,25 @@ impl Shared {
         if self.which.legacy {
             self.legacy_queue.add(key);
         }
+    }
+
+    /// Replaces what a Service adds to the gauges; `None` when it is gone.
+    fn count(&self, key: &Key, now: Option<Tally>) {
+        let before = {
+            let mut tally = self.tally.lock().expect(POISONED);
+            match now {
+                Some(now) => tally.insert(key.clone(), now),
+                None => tally.remove(key),
+            }
+        }
+        .unwrap_or_default();
+        let now = now.unwrap_or_default();
+        let difference =
+            |a: usize, b: usize| i64::try_from(a).unwrap_or(i64::MAX) - i64::try_from(b).unwrap_or(i64::MAX);
+        let metrics = &self.context.metrics;
+        metrics.endpoints_desired.inc_by(difference(now.endpoints, before.endpoints));
+        metrics.slices.inc_by(difference(now.slices, before.slices));
+        metrics.slices_desired.inc_by(difference(now.packed, before.packed));
     }
 
     fn pod_changed(&self, old: Option<&Arc<Pod>>, new: Option<&Arc<Pod>>) {
@@ -123,6 +173,10 @@ impl Shared {
 
 /// Registers with the caches and returns the future that works.
 pub(crate) fn start(context: Context, which: Which) -> impl Future<Output = ()> + Send + 'static {
+    run(register(context, which))
+}
+
+fn register(context: Context, which: Which) -> Arc<Shared> {
     let shared = Arc::new(Shared {
         which,
         slice_queue: context.queue("endpoint_slice"),
@@ -134,6 +188,7 @@ pub(crate) fn start(context: Context, which: Which) -> impl Future<Output = ()> 
         slice_triggers: Mutex::default(),
         legacy_triggers: Mutex::default(),
         hinted: Mutex::default(),
+        tally: Mutex::default(),
         context,
     });
     let caches = shared.caches().clone();
@@ -202,7 +257,7 @@ pub(crate) fn start(context: Context, which: Which) -> impl Future<Output = ()> 
             }
         });
     }
-    run(shared)
+    shared
 }
 
 async fn run(shared: Arc<Shared>) {
@@ -213,11 +268,15 @@ async fn run(shared: Arc<Shared>) {
     let stop = || context.shutdown.clone();
     let slices = {
         let (shared, events) = (shared.clone(), slice_events);
-        shared
-            .clone()
-            .slice_queue
-            .clone()
-            .run_workers(stop(), move |key| sync_slices(shared.clone(), events.clone(), key))
+        shared.clone().slice_queue.clone().run_workers(stop(), move |key| {
+            let (shared, events) = (shared.clone(), events.clone());
+            async move {
+                let result = sync_slices(shared.clone(), events, key).await;
+                let outcome = Outcome { result: if result.is_ok() { "success" } else { "error" } };
+                shared.context.metrics.syncs.get_or_create_owned(&outcome).inc();
+                result
+            }
+        })
     };
     let legacy = {
         let (shared, events) = (shared.clone(), legacy_events);
@@ -278,6 +337,7 @@ async fn sync_slices(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
         // The garbage collector removes the slices with their owner.
         shared.slice_triggers.lock().expect(POISONED).remove(&key);
         shared.hinted.lock().expect(POISONED).remove(&key);
+        shared.count(&key, None);
         return Ok(Next::Wait);
     };
     if !slices::has_selected_endpoints(&service) {
@@ -321,6 +381,8 @@ async fn sync_slices(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
             awaiting.entry(node.clone()).or_default().insert(key.clone());
         }
     }
+    let effect = Effect::of(&changes, &existing, shared.which.max_per_slice);
+    let topology = if slices::hints::is_proportional(&service) { "Auto" } else { "Disabled" };
     if let Err(error) = apply(&shared, &key, changes).await {
         if !is_conflict(&error) && !is_not_found(&error) {
             let text = format!(
@@ -333,9 +395,44 @@ async fn sync_slices(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
         }
         return Err(error).context("cannot write endpoint slices");
     }
+    shared.count(&key, Some(effect.tally));
+    let metrics = &shared.context.metrics;
+    metrics.endpoints_added.observe(effect.added as f64);
+    metrics.endpoints_removed.observe(effect.removed as f64);
+    metrics.slices_changed.get_or_create_owned(&Hints { topology }).observe(effect.writes as f64);
     match waiting.first() {
         Some((pod, node)) => Err(Waiting(format!("pod {pod} is on unknown node {node:?}")).into()),
         None => Ok(Next::Wait),
+    }
+}
+
+/// What a sync does to the endpoints of a Service, for the metrics.
+#[derive(Debug, PartialEq, Eq)]
+struct Effect {
+    added: usize,
+    removed: usize,
+    writes: usize,
+    tally: Tally,
+}
+
+impl Effect {
+    fn of(changes: &Changes, existing: &[Arc<EndpointSlice>], max_per_slice: usize) -> Effect {
+        let name = |slice: &EndpointSlice| slice.metadata.name.clone().unwrap_or_default();
+        let touched: HashSet<String> =
+            changes.update.iter().map(name).chain(changes.delete.iter().map(|s| name(s))).collect();
+        let addresses = |slice: &EndpointSlice| -> Vec<String> {
+            slice.endpoints.iter().flatten().flat_map(|e| e.addresses.iter().cloned()).collect()
+        };
+        let (old, kept): (Vec<_>, Vec<_>) = existing.iter().map(|s| &**s).partition(|s| touched.contains(&name(s)));
+        let new = || changes.create.iter().chain(&changes.update);
+        let before: HashSet<String> = old.iter().flat_map(|s| addresses(s)).collect();
+        let after: HashSet<String> = new().flat_map(addresses).collect();
+        Effect {
+            added: after.difference(&before).count(),
+            removed: before.difference(&after).count(),
+            writes: changes.create.len() + changes.update.len() + changes.delete.len(),
+            tally: Tally::of(kept.into_iter().chain(new()), max_per_slice),
+        }
     }
 }
 
@@ -343,9 +440,13 @@ async fn sync_slices(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
 async fn apply(shared: &Shared, key: &Key, changes: Changes) -> Result<(), kube::Error> {
     let cache = &shared.caches().slices;
     let api: Api<EndpointSlice> = Api::namespaced(shared.context.client.clone(), &key.namespace);
+    let count = |operation| shared.context.metrics.changes.get_or_create_owned(&Operation { operation }).inc();
     for slice in changes.create {
         match api.create(&PostParams::default(), &slice).await {
-            Ok(written) => cache.wrote_quietly(written),
+            Ok(written) => {
+                count("create");
+                cache.wrote_quietly(written);
+            }
             Err(error) if is_namespace_terminating(&error) => return Ok(()),
             Err(error) => return Err(error),
         }
@@ -354,7 +455,10 @@ async fn apply(shared: &Shared, key: &Key, changes: Changes) -> Result<(), kube:
         let written =
             api.replace(slice.metadata.name.as_deref().unwrap_or_default(), &PostParams::default(), &slice).await;
         match written {
-            Ok(written) => cache.wrote_quietly(written),
+            Ok(written) => {
+                count("update");
+                cache.wrote_quietly(written);
+            }
             Err(error) => {
                 if is_not_found(&error) {
                     cache.deleted(&slice);
@@ -367,7 +471,10 @@ async fn apply(shared: &Shared, key: &Key, changes: Changes) -> Result<(), kube:
         let preconditions = Preconditions { uid: slice.metadata.uid.clone(), ..Default::default() };
         let params = DeleteParams::default().preconditions(preconditions);
         match api.delete(slice.metadata.name.as_deref().unwrap_or_default(), &params).await {
-            Ok(_) => cache.deleted(&slice),
+            Ok(_) => {
+                count("delete");
+                cache.deleted(&slice);
+            }
             Err(error) if is_not_found(&error) => cache.deleted(&slice),
             Err(error) => return Err(error),
         }
@@ -455,4 +562,130 @@ async fn sync_mirror(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
         shared.slice_queue.add(key);
     }
     Ok(Next::Wait)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Clock;
+    use crate::metrics::Metrics;
+    use http_body_util::BodyExt;
+    use serde_json::{Value, json};
+    use std::collections::BTreeSet;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use tokio_util::sync::CancellationToken;
+
+    fn from<K: serde::de::DeserializeOwned>(value: Value) -> K {
+        serde_json::from_value(value).unwrap()
+    }
+
+    /// An API server that agrees to every write.
+    fn agreeable() -> kube::Client {
+        let versions = Arc::new(AtomicU64::new(1_000_000));
+        let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
+            let version = versions.fetch_add(1, Ordering::Relaxed);
+            async move {
+                let body = request.into_body().collect().await?.to_bytes();
+                let mut object: Value = serde_json::from_slice(&body).unwrap_or_else(|_| json!({}));
+                if object["metadata"]["name"].is_null() {
+                    object["metadata"]["name"] = json!(format!("made-{version}"));
+                }
+                object["metadata"]["resourceVersion"] = json!(version.to_string());
+                let answer = http::Response::new(kube::client::Body::from(serde_json::to_vec(&object).unwrap()));
+                Ok::<_, kube::Error>(answer)
+            }
+        });
+        kube::Client::new(service, "default")
+    }
+
+    fn pod(n: usize, version: usize, ready: bool) -> Pod {
+        let status = if ready { "True" } else { "False" };
+        from(json!({
+            "metadata": {"name": format!("p{n}"), "namespace": "ns", "uid": format!("p{n}"), "resourceVersion": version.to_string(),
+                "labels": {"app": format!("a{}", n / 10), "team": "all"}},
+            "spec": {"nodeName": "n1", "containers": []},
+            "status": {"phase": "Running", "podIP": format!("10.{}.{}.{}", n >> 16, n >> 8 & 255, n & 255),
+                "podIPs": [{"ip": format!("10.{}.{}.{}", n >> 16, n >> 8 & 255, n & 255)}],
+                "conditions": [{"type": "Ready", "status": status}]}
+        }))
+    }
+
+    /// One pod of 10 000 changes; its Service has 10 of them, and there are 1 000 Services, all in one namespace.
+    #[tokio::test]
+    async fn a_change_of_one_pod_costs_what_its_service_has() {
+        let context = Context {
+            client: agreeable(),
+            caches: Caches::default(),
+            shutdown: CancellationToken::new(),
+            clock: Clock::default(),
+            metrics: Metrics::default(),
+        };
+        let which = Which { slices: true, legacy: true, mirroring: false, max_per_slice: 100 };
+        let shared = register(context.clone(), which);
+        let caches = &context.caches;
+        caches.nodes.wrote(from(json!({"metadata": {"name": "n1", "uid": "n1"}})));
+        for n in 0..1_000 {
+            caches.services.wrote(from(json!({
+                "metadata": {"name": format!("s{n}"), "namespace": "ns", "uid": format!("s{n}")},
+                "spec": {"clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1"], "ipFamilies": ["IPv4"],
+                    "selector": {"app": format!("a{n}"), "team": "all"}, "ports": [{"port": 80}]}
+            })));
+        }
+        for n in 0..10_000 {
+            caches.pods.wrote(pod(n, n + 1, true));
+        }
+        let events = context.recorder("test");
+        // All Services once, as at start.
+        for key in shared.slice_queue.drain() {
+            sync_slices(shared.clone(), events.clone(), key).await.unwrap();
+        }
+        // Endpoints that have been written are looked at once more.
+        for _ in 0..2 {
+            for key in shared.legacy_queue.drain() {
+                sync_legacy(shared.clone(), events.clone(), key).await.unwrap();
+            }
+        }
+        assert_eq!(context.metrics.endpoints_desired.get(), 10_000);
+        assert_eq!((context.metrics.slices.get(), context.metrics.slices_desired.get()), (1_000, 1_000));
+        let work = || {
+            let lists =
+                [caches.pods.examined(), caches.services.examined(), caches.slices.examined(), caches.nodes.examined()];
+            lists.into_iter().sum::<u64>()
+        };
+        let before = work();
+        caches.pods.wrote(pod(4_321, 20_000, false));
+        let woken = shared.slice_queue.drain();
+        assert_eq!(woken, [Key::new("ns", "s432")]);
+        for key in woken {
+            sync_slices(shared.clone(), events.clone(), key).await.unwrap();
+        }
+        for key in shared.legacy_queue.drain() {
+            sync_legacy(shared.clone(), events.clone(), key).await.unwrap();
+        }
+        // Ten pods for each of the two controllers, and one slice.
+        assert_eq!(work() - before, 21);
+        let ready: BTreeSet<Option<bool>> = managed(caches, &Key::new("ns", "s432"), slices::SLICE_CONTROLLER)
+            .iter()
+            .flat_map(|s| s.endpoints.clone().unwrap_or_default())
+            .map(|e| e.conditions.unwrap().ready)
+            .collect();
+        assert_eq!(ready, BTreeSet::from([Some(false), Some(true)]), "the change has been written");
+    }
+
+    #[test]
+    fn effects_are_counted() {
+        let slice = |name: &str, addresses: &[&str]| -> EndpointSlice {
+            let endpoints: Vec<Value> = addresses.iter().map(|a| json!({"addresses": [a]})).collect();
+            from(json!({"metadata": {"name": name}, "addressType": "IPv4", "endpoints": endpoints}))
+        };
+        let existing = [Arc::new(slice("a", &["1", "2"])), Arc::new(slice("b", &["3"])), Arc::new(slice("c", &["4"]))];
+        let changes = Changes {
+            create: vec![slice("", &["7"])],
+            update: vec![slice("a", &["2", "3", "5"])],
+            delete: vec![existing[1].clone()],
+            ..Default::default()
+        };
+        let tally = Tally { endpoints: 5, slices: 3, packed: 2 };
+        assert_eq!(Effect::of(&changes, &existing, 3), Effect { added: 2, removed: 1, writes: 3, tally });
+    }
 }

@@ -282,7 +282,8 @@ pub async fn run(
     tokio::select! {
         () = shutdown.cancelled() => {}
         () = lost => {
-            if let Some((_, election)) = &leadership {
+            // At shutdown the lease is given back, which is no loss.
+            if let Some((_, election)) = leadership.as_ref().filter(|_| !shutdown.is_cancelled()) {
                 result = Err(Error::LostLeadership { namespace: election.namespace.clone(), name: election.name.clone() });
             }
         }

@@ -1,15 +1,19 @@
 //! Empties namespaces that are being deleted, then lets them go.
+//!
+//! What remains is watched from the version of the list that found it, so that each removal and nothing else leads to another look.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use futures::StreamExt;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Namespace, NamespaceCondition};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::Api;
-use kube::api::{DeleteParams, DynamicObject, ListParams, PostParams};
+use kube::api::{DeleteParams, DynamicObject, ListParams, PostParams, WatchEvent, WatchParams};
+use tokio::task::JoinSet;
 
 use crate::Context;
 use crate::discovery::{Kind, Kinds};
@@ -19,9 +23,8 @@ use crate::util::{is_conflict, is_not_found, message};
 const WORKERS: usize = 10;
 /// The finalizer in `spec.finalizers` that stands for the content.
 const CONTENT: &str = "kubernetes";
-/// While content other than pods remains, nothing tells when it has gone: it is looked at after a pause that grows to this.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// Objects of a kind that cannot be watched are looked for again after this long.
+const UNWATCHED: Duration = Duration::from_secs(5);
 
 /// What is left in a namespace and what went wrong.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -138,22 +141,42 @@ pub(crate) fn start(context: Context, kinds: Kinds) -> impl Future<Output = ()> 
             add.add(Key::of(&**namespace));
         }
     });
-    // The last pod to end usually decides when a namespace is empty.
-    let add = queue.clone();
-    let namespaces = context.caches.namespaces.clone();
-    context.caches.pods.on_change(move |old, new| {
-        if let (Some(pod), None) = (old, new) {
-            let name = pod.metadata.namespace.as_deref().unwrap_or_default();
-            if namespaces.get("", name).is_some_and(|n| has_content_finalizer(&n)) {
-                add.add(Key::new("", name));
-            }
-        }
-    });
     async move {
         let stop = context.shutdown.clone();
-        let pauses: Arc<Mutex<BTreeMap<String, Duration>>> = Arc::default();
-        queue.work(WORKERS, stop, move |key| sync(context.clone(), kinds.clone(), pauses.clone(), key.name)).await;
+        let watches: Watches = Arc::default();
+        let add = queue.clone();
+        queue
+            .work(WORKERS, stop, move |key| {
+                sync(context.clone(), kinds.clone(), watches.clone(), add.clone(), key.name)
+            })
+            .await;
     }
+}
+
+/// The watches for what remains, by namespace. They end when they are dropped.
+type Watches = Arc<Mutex<HashMap<String, JoinSet<()>>>>;
+
+const POISONED: &str = "watches are only inserted and removed";
+
+/// Has the namespace looked at again when an object of this kind in it changes after `version`.
+async fn wake_on_change(context: Context, queue: Queue<Key>, kind: Kind, namespace: String, version: String) {
+    let api: Api<DynamicObject> = Api::namespaced_with(context.client.clone(), &namespace, &kind.resource);
+    let key = Key::new("", namespace);
+    let events = match api.watch_metadata(&WatchParams::default(), &version).await {
+        Ok(events) => events,
+        Err(error) => {
+            tracing::debug!(namespace = key.name, kind = kind.resource.plural, %error, "cannot watch what remains");
+            return queue.add_after(key, UNWATCHED);
+        }
+    };
+    futures::pin_mut!(events);
+    while let Some(Ok(event)) = events.next().await {
+        if !matches!(event, WatchEvent::Bookmark(_)) {
+            break;
+        }
+    }
+    // Something has changed, or the watch has ended and cannot tell any more.
+    queue.add(key);
 }
 
 fn has_content_finalizer(namespace: &Namespace) -> bool {
@@ -164,16 +187,17 @@ fn has_content_finalizer(namespace: &Namespace) -> bool {
 async fn sync(
     context: Context,
     kinds: Kinds,
-    pauses: Arc<Mutex<BTreeMap<String, Duration>>>,
+    watches: Watches,
+    queue: Queue<Key>,
     name: String,
 ) -> anyhow::Result<Next> {
-    const POISONED: &str = "pauses are only read and written";
     let cache = &context.caches.namespaces;
     let Some(namespace) = cache.get("", &name).filter(|n| has_content_finalizer(n)) else {
-        pauses.lock().expect(POISONED).remove(&name);
+        watches.lock().expect(POISONED).remove(&name);
         return Ok(Next::Wait);
     };
     let mut remains = Remains::default();
+    let mut to_watch: Vec<(Kind, Option<String>)> = Vec::new();
     match kinds.get().await {
         Ok(kinds) => {
             let emptied = kinds.iter().filter(|k| k.namespaced).map(|kind| empty(&context, kind, &name));
@@ -182,6 +206,7 @@ async fn sync(
                 match result {
                     Ok(left) => {
                         if left.count > 0 {
+                            to_watch.push((kind.clone(), left.version.filter(|_| kind.watchable)));
                             remains.resources.insert(label, left.count);
                         }
                         for finalizer in left.finalizers {
@@ -214,13 +239,26 @@ async fn sync(
         }
     }
     if !remains.is_clear() {
-        let mut pauses = pauses.lock().expect(POISONED);
-        let pause = pauses.entry(name).or_insert(FIRST_PAUSE);
-        let now = *pause;
-        *pause = (*pause * 2).min(LONGEST_PAUSE);
-        return Ok(Next::After(now));
+        let mut next = Next::Wait;
+        let mut set = JoinSet::new();
+        for (kind, version) in to_watch {
+            match version {
+                Some(version) => {
+                    set.spawn(wake_on_change(context.clone(), queue.clone(), kind, name.clone(), version));
+                }
+                None => next = Next::After(UNWATCHED),
+            }
+        }
+        watches.lock().expect(POISONED).insert(name, set);
+        // Errors do not go away by a change that could be watched.
+        anyhow::ensure!(
+            remains.discovery_error.is_none() && remains.content_errors.is_empty(),
+            "cannot empty the namespace: {}",
+            remains.discovery_error.iter().chain(&remains.content_errors).cloned().collect::<Vec<_>>().join(", ")
+        );
+        return Ok(next);
     }
-    pauses.lock().expect(POISONED).remove(&name);
+    watches.lock().expect(POISONED).remove(&name);
     if let Some(finalizers) = current.spec.as_mut().and_then(|s| s.finalizers.as_mut()) {
         finalizers.retain(|f| f != CONTENT);
     }
@@ -240,6 +278,8 @@ async fn sync(
 }
 
 struct Left {
+    /// The version of the list.
+    version: Option<String>,
     count: usize,
     finalizers: Vec<String>,
 }
@@ -249,14 +289,14 @@ async fn empty(context: &Context, kind: &Kind, namespace: &str) -> Result<Left, 
     let api: Api<DynamicObject> = Api::namespaced_with(context.client.clone(), namespace, &kind.resource);
     let list = || async {
         match api.list_metadata(&ListParams::default()).await {
-            Ok(list) => Ok(list.items),
+            Ok(list) => Ok((list.metadata.resource_version, list.items)),
             // The kind went away, or cannot be listed after all: nothing of it can be here.
-            Err(error) if is_not_found(&error) => Ok(Vec::new()),
-            Err(kube::Error::Api(status)) if status.code == 405 => Ok(Vec::new()),
+            Err(error) if is_not_found(&error) => Ok((None, Vec::new())),
+            Err(kube::Error::Api(status)) if status.code == 405 => Ok((None, Vec::new())),
             Err(error) => Err(error),
         }
     };
-    let mut objects = list().await?;
+    let (mut version, mut objects) = list().await?;
     if objects.iter().any(|o| o.metadata.deletion_timestamp.is_none()) {
         if kind.delete_collection {
             api.delete_collection(&DeleteParams::background(), &ListParams::default()).await?;
@@ -270,10 +310,10 @@ async fn empty(context: &Context, kind: &Kind, namespace: &str) -> Result<Left, 
                 }
             }
         }
-        objects = list().await?;
+        (version, objects) = list().await?;
     }
     let finalizers = objects.iter().flat_map(|o| o.metadata.finalizers.iter().flatten().cloned()).collect();
-    Ok(Left { count: objects.len(), finalizers })
+    Ok(Left { version, count: objects.len(), finalizers })
 }
 
 #[cfg(test)]

@@ -130,7 +130,10 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
 
     /// Has the key worked on after a pause, unless that happens earlier by a call of the same kind.
     pub fn add_after(&self, key: K, pause: Duration) {
-        let due = self.0.clock.instant() + pause;
+        self.add_at(key, self.0.clock.instant() + pause);
+    }
+
+    fn add_at(&self, key: K, due: Instant) {
         {
             let mut state = self.0.state.lock().expect(POISONED);
             if state.delayed.get(&key).is_some_and(|known| *known <= due) {
@@ -162,7 +165,19 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
         Some(key)
     }
 
-    fn done(&self, key: K, result: anyhow::Result<Next>) {
+    /// Takes out all that waits, as if it had been worked on.
+    #[cfg(test)]
+    pub(crate) fn drain(&self) -> Vec<K> {
+        let mut keys = Vec::new();
+        while let Some(key) = self.next() {
+            self.done(key.clone(), Ok(Next::Wait), self.0.clock.instant());
+            keys.push(key);
+        }
+        keys
+    }
+
+    /// `began` is when the sync was begun by the queue's clock: from then pauses count, so that a clock put forward meanwhile counts.
+    fn done(&self, key: K, result: anyhow::Result<Next>, began: Instant) {
         let after = {
             let mut state = self.0.state.lock().expect(POISONED);
             state.working.remove(&key);
@@ -199,7 +214,7 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
             }
         };
         if let Some(pause) = after {
-            self.add_after(key, pause);
+            self.add_at(key, began + pause);
         }
     }
 
@@ -225,10 +240,10 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
                     if shutdown.is_cancelled() {
                         return;
                     }
-                    let began = Instant::now();
+                    let (began, started) = (Instant::now(), queue.0.clock.instant());
                     let result = sync(key.clone()).await;
                     queue.0.worked.observe(began.elapsed().as_secs_f64());
-                    queue.done(key, result);
+                    queue.done(key, result, started);
                 }
             });
         }
@@ -267,9 +282,9 @@ mod tests {
         queue.add("a");
         queue.add("a");
         assert_eq!(queue.next(), None, "one worker at a time");
-        queue.done("a", Ok(Next::Wait));
+        queue.done("a", Ok(Next::Wait), Instant::now());
         assert_eq!(queue.next(), Some("a"));
-        queue.done("a", Ok(Next::Wait));
+        queue.done("a", Ok(Next::Wait), Instant::now());
         assert_eq!(queue.next(), None);
     }
 

@@ -331,7 +331,7 @@ fn rules_between_pods() {
             "would_rather_be_away",
             &web,
             preferred("podAntiAffinity", term(ZONES, "db")),
-            vec![on("a1", &db), on("x1", &none), on("b1", &none)],
+            vec![on("a1", &db), on("x1", &none), on("b1", &none), on("b1", &none)],
             Ok("x1"),
         ),
         (

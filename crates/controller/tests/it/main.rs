@@ -7,12 +7,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment, ReplicaSet, StatefulSet};
-use k8s_openapi::api::core::v1::{ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount};
+use k8s_openapi::api::batch::v1::{CronJob, Job};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Endpoints, Event, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, Service, ServiceAccount,
+};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Client;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use portolan_apiserver::{Server, ServerConfig, User};
+use portolan_client::leader::Election;
 use portolan_controller::Config;
+use portolan_controller::clock::Clock;
 use portolan_observe::Observer;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -22,6 +28,8 @@ const DEADLINE: Duration = Duration::from_secs(20);
 
 struct Cluster {
     client: Client,
+    clock: Clock,
+    observer: Observer,
     shutdown: CancellationToken,
     _server: Arc<Server>,
 }
@@ -40,7 +48,8 @@ impl Cluster {
         let shutdown = CancellationToken::new();
         let observer = Observer::new();
         let gate = observer.gate("test");
-        let config = Config { cluster_ca: Some(server.ca_pem()), ..Default::default() };
+        let clock = Clock::default();
+        let config = Config { cluster_ca: Some(server.ca_pem()), clock: clock.clone(), ..Default::default() };
         let run = portolan_controller::run(
             config,
             client("system:kube-controller-manager"),
@@ -52,7 +61,7 @@ impl Cluster {
             run.await.expect("the controllers run until they are stopped");
         });
         observer.wait_ready().await;
-        let cluster = Cluster { client: client("test"), shutdown, _server: server };
+        let cluster = Cluster { client: client("test"), clock, observer, shutdown, _server: server };
         for name in ["node-1", "node-2"] {
             let zone = if name == "node-1" { "zone-a" } else { "zone-b" };
             let node: Node = from(json!({"metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone}},
@@ -82,6 +91,17 @@ impl Cluster {
             + std::fmt::Debug,
     {
         self.api::<K>().create(&PostParams::default(), &from(object)).await.unwrap()
+    }
+
+    async fn events(&self, reason: &str) -> Vec<Event> {
+        let of_reason = ListParams::default().fields(&format!("reason={reason}"));
+        self.api::<Event>().list(&of_reason).await.unwrap().items
+    }
+
+    /// Why a pod has no node, if the scheduler has said so.
+    async fn unscheduled(&self, pod: &str) -> Option<String> {
+        let conditions = self.api::<Pod>().get(pod).await.unwrap().status?.conditions?;
+        conditions.into_iter().find(|c| c.type_ == "PodScheduled" && c.status == "False")?.message
     }
 
     async fn pods(&self, labels: &str) -> Vec<Pod> {
@@ -311,4 +331,213 @@ async fn a_namespace_empties_and_goes() {
     let released = Instant::now();
     eventually("the namespace to go", async || namespaces.get_opt("team").await.unwrap().is_none().then_some(())).await;
     eprintln!("last object released to namespace gone: {:?}", released.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_waits_for_its_claim_and_for_company() {
+    let cluster = Cluster::start().await;
+    let waits_for = async |pod: &str, text: &str| {
+        eventually(text, async || cluster.unscheduled(pod).await.filter(|told| told.contains(text))).await
+    };
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {
+        "containers": [{"name": "c", "image": "x"}], "volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "data"}}]}});
+    cluster.create::<Pod>(pod).await;
+    let told = waits_for("p", "persistentvolumeclaim \"data\" not found").await;
+    assert!(
+        told.ends_with("preemption: 0/2 nodes are available: 2 Preemption is not helpful for scheduling."),
+        "{told}"
+    );
+    eventually("the event", async || {
+        cluster.events("FailedScheduling").await.into_iter().find(|e| e.message.as_ref() == Some(&told))
+    })
+    .await;
+    let claim = json!({"metadata": {"name": "data"}, "spec": {"accessModes": ["ReadWriteOnce"], "storageClassName": "", "volumeName": "disk",
+        "resources": {"requests": {"storage": "1Gi"}}}});
+    cluster.create::<PersistentVolumeClaim>(claim).await;
+    waits_for("p", "pod has unbound immediate PersistentVolumeClaims").await;
+    let volume = json!({"metadata": {"name": "disk"}, "spec": {"accessModes": ["ReadWriteOnce"], "capacity": {"storage": "1Gi"},
+        "hostPath": {"path": "/tmp"}}});
+    Api::<PersistentVolume>::all(cluster.client.clone()).create(&PostParams::default(), &from(volume)).await.unwrap();
+    let bound = json!({"status": {"phase": "Bound"}});
+    let claims = cluster.api::<PersistentVolumeClaim>();
+    claims.patch_status("data", &PatchParams::default(), &Patch::Merge(bound)).await.unwrap();
+    eventually("the pod on a node", async || node(&cluster.api::<Pod>().get("p").await.unwrap())).await;
+
+    let pod = json!({"metadata": {"name": "web"}, "spec": {"containers": [{"name": "c", "image": "x"}],
+        "affinity": {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [
+            {"topologyKey": "topology.kubernetes.io/zone", "labelSelector": {"matchLabels": {"app": "db"}}}]}}}});
+    cluster.create::<Pod>(pod).await;
+    waits_for("web", "0/2 nodes are available: 2 node(s) didn't match pod affinity rules.").await;
+    let db = json!({"metadata": {"name": "db", "labels": {"app": "db"}},
+        "spec": {"nodeName": "node-2", "containers": [{"name": "c", "image": "x"}]}});
+    cluster.create::<Pod>(db).await;
+    let chosen = eventually("web on a node", async || node(&cluster.api::<Pod>().get("web").await.unwrap())).await;
+    assert_eq!(chosen, "node-2", "beside the database");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cron_job_runs_on_time_and_its_job_completes() {
+    let cluster = Cluster::start().await;
+    let template = json!({"metadata": {"labels": {"app": "tick"}},
+        "spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}});
+    let cron = json!({"apiVersion": "batch/v1", "kind": "CronJob", "metadata": {"name": "tick"},
+        "spec": {"schedule": "*/5 * * * *", "jobTemplate": {"spec": {"template": template, "ttlSecondsAfterFinished": 600}}}});
+    cluster.create::<CronJob>(cron).await;
+    assert!(cluster.api::<Job>().list(&ListParams::default()).await.unwrap().items.is_empty(), "it is not time yet");
+    cluster.clock.advance(Duration::from_secs(301));
+    let pod = eventually("the pod of the Job", async || cluster.pods("app=tick").await.pop()).await;
+    let active = eventually("the active Job", async || {
+        cluster.api::<CronJob>().get("tick").await.unwrap().status?.active?.pop()?.name
+    })
+    .await;
+    let done = json!({"status": {"phase": "Succeeded"}});
+    cluster.api::<Pod>().patch_status(&name(&pod), &PatchParams::default(), &Patch::Merge(done)).await.unwrap();
+    let status = eventually("the Job to be complete", async || {
+        let status = cluster.api::<Job>().get(&active).await.unwrap().status?;
+        status.conditions.as_ref()?.iter().any(|c| c.type_ == "Complete").then_some(status)
+    })
+    .await;
+    assert_eq!((status.succeeded, status.active), (Some(1), None));
+    assert!(cluster.api::<Pod>().get(&name(&pod)).await.unwrap().metadata.finalizers.is_none(), "the pod is counted");
+    eventually("the success in the status", async || {
+        let status = cluster.api::<CronJob>().get("tick").await.unwrap().status?;
+        (status.active.is_none() && status.last_schedule_time.is_some()).then_some(status.last_successful_time?)
+    })
+    .await;
+    let suspend = json!({"spec": {"suspend": true}});
+    cluster.api::<CronJob>().patch("tick", &PatchParams::default(), &Patch::Merge(suspend)).await.unwrap();
+    // Its time to live passes; a suspended CronJob makes no other.
+    cluster.clock.advance(Duration::from_secs(601));
+    eventually("the Job and its pod to go", async || {
+        let jobs = cluster.api::<Job>().list(&ListParams::default()).await.unwrap().items;
+        for pod in cluster.pods("app=tick").await.iter().filter(|p| p.metadata.deletion_timestamp.is_some()) {
+            cluster.finish_deletion(&name(pod)).await;
+        }
+        (jobs.is_empty() && cluster.pods("app=tick").await.is_empty()).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pods_of_a_silent_node_stop_serving_and_are_evicted_then_collected() {
+    let cluster = Cluster::start().await;
+    let nodes: Api<Node> = Api::all(cluster.client.clone());
+    let silent =
+        json!({"metadata": {"name": "silent"}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}});
+    nodes.create(&PostParams::default(), &from(silent)).await.unwrap();
+    let leases: Api<Lease> = Api::namespaced(cluster.client.clone(), "kube-node-lease");
+    leases.create(&PostParams::default(), &from(json!({"metadata": {"name": "silent"}}))).await.unwrap();
+    let service = json!({"metadata": {"name": "web"}, "spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]}});
+    cluster.create::<Service>(service).await;
+    let on_silent = |name: &str| {
+        json!({"metadata": {"name": name, "labels": {"app": "web"}},
+            "spec": {"nodeName": "silent", "containers": [{"name": "c", "image": "x"}], "tolerations": [
+                {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300}]}})
+    };
+    let pod = cluster.create::<Pod>(on_silent("web")).await;
+    cluster.make_ready(&pod, "10.244.9.2").await;
+    let ready = async || {
+        let of_web = ListParams::default().labels("kubernetes.io/service-name=web");
+        let slices = cluster.api::<EndpointSlice>().list(&of_web).await.unwrap().items;
+        slices.into_iter().flat_map(|s| s.endpoints.unwrap_or_default()).next()?.conditions?.ready
+    };
+    eventually("a ready endpoint", async || ready().await.filter(|r| *r)).await;
+
+    cluster.clock.advance(Duration::from_secs(20));
+    let renewed = json!({"spec": {"holderIdentity": "silent"}});
+    leases.patch("silent", &PatchParams::default(), &Patch::Merge(renewed)).await.unwrap();
+    let heard = eventually("the renewal", async || leases.get("silent").await.unwrap().spec?.holder_identity).await;
+    assert_eq!(heard, "silent");
+    cluster.clock.advance(Duration::from_secs(41));
+    let taints = eventually("the taints", async || {
+        let node = nodes.get("silent").await.unwrap();
+        let condition = node.status?.conditions?.into_iter().find(|c| c.type_ == "Ready")?;
+        let taints = node.spec?.taints?;
+        (condition.status == "Unknown" && condition.reason.as_deref() == Some("NodeStatusUnknown")).then_some(taints)
+    })
+    .await;
+    let told: Vec<_> = taints.iter().map(|t| (t.key.as_str(), t.effect.as_str())).collect();
+    const UNREACHABLE: &str = "node.kubernetes.io/unreachable";
+    assert_eq!(told, [(UNREACHABLE, "NoSchedule"), (UNREACHABLE, "NoExecute")]);
+    eventually("an endpoint that is not ready", async || ready().await.filter(|r| !*r)).await;
+    let deleting = async || {
+        cluster.api::<Pod>().get_opt("web").await.unwrap().is_none_or(|p| p.metadata.deletion_timestamp.is_some())
+    };
+    assert!(!deleting().await, "tolerated for five minutes");
+    cluster.clock.advance(Duration::from_secs(301));
+    eventually("the eviction", async || deleting().await.then_some(())).await;
+
+    // The kubelet never answers; the pod goes when its node has been gone for 40 s.
+    nodes.delete("silent", &DeleteParams::default()).await.unwrap();
+    assert!(cluster.api::<Pod>().get_opt("web").await.unwrap().is_some());
+    eventually("the pod to be collected", async || {
+        // The quarantine begins when the controller has seen the node go.
+        cluster.clock.advance(Duration::from_secs(41));
+        cluster.api::<Pod>().get_opt("web").await.unwrap().is_none().then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_leads_at_a_time_and_another_takes_over() {
+    let server = Arc::new(Server::start(ServerConfig::new("203.0.113.10:6443".parse().unwrap())).await.unwrap());
+    let client = || Client::new(server.local_service(User::new("controllers", &["system:masters"])), "default");
+    let candidate = |name: &str| {
+        let mut election = Election::new("kube-system", "controllers", name);
+        election.lease_duration = Duration::from_secs(2);
+        election.retry_period = Duration::from_millis(100);
+        let (observer, shutdown) = (Observer::new(), CancellationToken::new());
+        let config = Config { leader_election: Some(election), ..Default::default() };
+        let run = portolan_controller::run(config, client(), observer.clone(), shutdown.clone());
+        (tokio::spawn(run), observer, shutdown)
+    };
+    let (first, first_observer, stop_first) = candidate("first");
+    eventually("the first to lead", async || {
+        let closed = first_observer.not_ready();
+        (closed.is_empty() && first_observer.encode().contains("workqueue_adds_total")).then_some(())
+    })
+    .await;
+    let (second, second_observer, stop_second) = candidate("second");
+    let waiting = eventually("the second to wait", async || second_observer.not_ready().pop()).await;
+    assert_eq!(waiting, ("controllers".to_string(), "waiting for leadership".to_string()));
+    let deployments: Api<Deployment> = Api::default_namespaced(client());
+    let sets: Api<ReplicaSet> = Api::default_namespaced(client());
+    let make = async |name: &str| {
+        deployments.create(&PostParams::default(), &from(deployment(name, 0, "x"))).await.unwrap();
+        eventually("a ReplicaSet", async || {
+            let of_name = ListParams::default().labels(&format!("app={name}"));
+            sets.list(&of_name).await.unwrap().items.pop()
+        })
+        .await
+    };
+    make("one").await;
+    assert!(!second_observer.is_ready(), "only one works");
+    stop_first.cancel();
+    first.await.unwrap().unwrap();
+    eventually("the second to lead", async || second_observer.is_ready().then_some(())).await;
+    make("two").await;
+    stop_second.cancel();
+    second.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_measured_has_upstream_names() {
+    let cluster = Cluster::start().await;
+    let service = json!({"metadata": {"name": "web"}, "spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]}});
+    cluster.create::<Service>(service).await;
+    let pod = json!({"metadata": {"name": "web", "labels": {"app": "web"}}, "spec": {"containers": [{"name": "c", "image": "x"}]}});
+    let pod = cluster.create::<Pod>(pod).await;
+    eventually("the pod on a node", async || node(&cluster.api::<Pod>().get("web").await.unwrap())).await;
+    cluster.make_ready(&pod, "10.244.1.2").await;
+    for line in [
+        "endpoint_slice_controller_endpoints_desired 1",
+        "endpoint_slice_controller_num_endpoint_slices 1",
+        "endpoint_slice_controller_desired_endpoint_slices 1",
+        "endpoint_slice_controller_endpoints_added_per_sync_sum 1.0",
+        "endpoint_slice_controller_changes{operation=\"create\"} 1",
+        "scheduler_schedule_attempts_total{result=\"scheduled\"} 1",
+        "workqueue_depth{name=\"endpoint_slice\"} 0",
+    ] {
+        eventually(line, async || cluster.observer.encode().lines().any(|l| l == line).then_some(())).await;
+    }
 }
