@@ -824,14 +824,13 @@ async fn tunnel(socket: Socket, io: tokio::io::DuplexStream) {
     let (mut read, mut write) = tokio::io::split(io);
     let up = async {
         while let Some(Ok(message)) = source.next().await {
-            match message {
-                Message::Binary(data) => {
-                    if write.write_all(&data).await.is_err() {
-                        return;
-                    }
-                }
+            let data = match message {
+                Message::Binary(data) => data,
                 Message::Close(_) => break,
-                _ => {}
+                _ => continue,
+            };
+            if write.write_all(&data).await.is_err() {
+                return;
             }
         }
         let _ = write.shutdown().await;

@@ -129,7 +129,7 @@ impl Decoder {
             let Some(head) = input.first_chunk::<8>() else { return Ok(None) };
             let first = u32::from_be_bytes([head[0], head[1], head[2], head[3]]);
             let flags = head[4];
-            let length = usize::from(head[5]) << 16 | usize::from(head[6]) << 8 | usize::from(head[7]);
+            let length = (usize::from(head[5]) << 16) | (usize::from(head[6]) << 8) | usize::from(head[7]);
             if first >> 31 == 0 {
                 input.advance(8);
                 self.rest = Some(Rest::Data { stream: first, fin: flags & FIN != 0, left: length });
@@ -284,7 +284,7 @@ impl Encoder {
             }
             Frame::SynStream { stream, fin, unidirectional, headers } => {
                 let block = self.block(headers);
-                let flags = u8::from(*fin) * FIN | u8::from(*unidirectional) * UNIDIRECTIONAL;
+                let flags = (u8::from(*fin) * FIN) | (u8::from(*unidirectional) * UNIDIRECTIONAL);
                 control(out, SYN_STREAM, flags, 10 + block.len());
                 out.put_u32(*stream);
                 out.put_bytes(0, 6);
@@ -354,7 +354,7 @@ fn control(out: &mut BytesMut, kind: u16, flags: u8, length: usize) {
 /// The flags and the 24 bits of a length.
 fn put_length(out: &mut BytesMut, flags: u8, length: usize) {
     let length = u32::try_from(length).unwrap_or(u32::MAX).min(0xff_ffff);
-    out.put_u32(u32::from(flags) << 24 | length);
+    out.put_u32((u32::from(flags) << 24) | length);
 }
 
 #[cfg(test)]
@@ -408,7 +408,7 @@ mod tests {
             let a = (a + u32::from(*byte)) % 65521;
             (a, (b + a) % 65521)
         });
-        assert_eq!((DICTIONARY.len(), b << 16 | a), (1423, 0xe3c6_a7c2));
+        assert_eq!((DICTIONARY.len(), (b << 16) | a), (1423, 0xe3c6_a7c2));
     }
 
     #[test]

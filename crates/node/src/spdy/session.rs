@@ -291,7 +291,7 @@ impl Receiver {
     async fn open(&mut self, stream: u32, fin: bool, unidirectional: bool, headers: Headers) {
         let reset = |status| Frame::RstStream { stream, status };
         // A client's streams are odd and count up (section 2.3.2).
-        if stream % 2 == 0 || stream <= self.last || unidirectional {
+        if stream.is_multiple_of(2) || stream <= self.last || unidirectional {
             return self.answer(reset(PROTOCOL_ERROR));
         }
         self.last = stream;
