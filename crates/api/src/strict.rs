@@ -217,7 +217,8 @@ fn check_type_meta(ty: &DocumentType, node: &Node, body: &[u8]) -> Result<(), St
         return Err(unrecognized(ty, body, &format!("unexpected GroupVersion string: {api_version}")));
     }
     let expected = ty.api_version();
-    if !api_version.is_empty() && api_version != expected && !options_of_any_group(ty, api_version, kind) {
+    let other_version = !api_version.is_empty() && api_version != expected;
+    if other_version && !options_of_any_group(ty, api_version, kind) && !older_eviction(ty, api_version) {
         return Err(Status::bad_request(format!(
             "the API version in the data ({api_version}) does not match the expected API version ({expected})"
         )));
@@ -287,6 +288,12 @@ fn options_of_any_group(ty: &DocumentType, api_version: &str, kind: &str) -> boo
         && (kind == ty.kind() || kind.is_empty())
         && (join_api_version("meta.k8s.io", "v1") == api_version
             || DocumentType::builtin(group, version, ty.kind()).is_some())
+}
+
+/// Evictions are also taken in the version that clients before 1.22 send; the fields are the same
+/// (registry/core/pod/storage/eviction.go).
+fn older_eviction(ty: &DocumentType, api_version: &str) -> bool {
+    ty.group() == "policy" && ty.kind() == "Eviction" && api_version == "policy/v1beta1"
 }
 
 #[cfg(test)]
@@ -404,6 +411,9 @@ mod tests {
             strict("apps", "Deployment", r#"{"apiVersion":"apps/v1beta1","kind":"Deployment"}"#),
             "the API version in the data (apps/v1beta1) does not match the expected API version (apps/v1)",
         );
+        let eviction = br#"{"apiVersion":"policy/v1beta1","kind":"Eviction","metadata":{"name":"a"}}"#;
+        let taken = decode(&ty("policy", "Eviction"), Format::Json, eviction, FieldValidation::Strict).unwrap();
+        assert_eq!(taken.value["metadata"]["name"], "a");
     }
 
     #[test]
