@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use portolan_api::meta;
-use portolan_api::service;
+use portolan_api::service::{self, Finding};
 use portolan_api::status::Status;
 use serde_json::{Value, json};
 
@@ -14,14 +14,19 @@ use crate::catalog::Catalog;
 use crate::config::ServerConfig;
 use crate::rbac;
 use crate::server::Inner;
-use crate::services::{IP_ADDRESSES, SERVICE_CIDRS};
-use crate::store::{Key, Txn};
+use crate::services::{self, IP_ADDRESSES, Repair, SERVICE_CIDRS, SERVICES};
+use crate::store::Change::Deleted as Removed;
+use crate::store::{Event, Key, Txn};
 use crate::verbs::{Change, Pipeline, Tracking};
 
 const NAMESPACES: &[&str] = &["default", "kube-system", "kube-public", "kube-node-lease"];
 
 /// Name of the Service of the API server, of its Endpoints and of its EndpointSlice.
 const KUBERNETES: &str = "kubernetes";
+
+/// Reporters of what is found wrong with the addresses and ports of Services.
+const CLUSTER_IP_REPAIR: &str = "ipallocator-repair-controller";
+const NODE_PORT_REPAIR: &str = "portallocator-repair-controller";
 
 const SILENT: Change<'static> = Change { subresource: None, dry_run: false, tracking: Tracking::Silent };
 
@@ -54,6 +59,67 @@ impl Boot<'_> {
         }
     }
 
+    /// Makes the IPAddress objects agree with the Services and tells about what only people can put right.
+    fn repair(&self, txn: &mut Txn, repair: &Repair) -> Result<(), Status> {
+        for name in &repair.surplus {
+            txn.delete(IP_ADDRESSES, &Key::new("", name));
+        }
+        for value in &repair.missing {
+            self.ensure(txn, "networking.k8s.io", "ipaddresses", value.clone())?;
+        }
+        for finding in &repair.findings {
+            self.warn(txn, finding)?;
+        }
+        Ok(())
+    }
+
+    /// A Warning event on a Service. The same finding again counts up the event that is there.
+    fn warn(&self, txn: &mut Txn, finding: &Finding) -> Result<(), Status> {
+        let Finding { namespace, name, reason, message } = finding;
+        tracing::warn!(namespace, service = name, reason, message, "a stored Service has a bad address or port");
+        let Some(service) = txn.get(SERVICES, &Key::new(namespace, name)).cloned() else { return Ok(()) };
+        let reporter = if reason.starts_with("Port") { NODE_PORT_REPAIR } else { CLUSTER_IP_REPAIR };
+        let now = meta::format_time(self.pipeline.now);
+        let entry = self.catalog.builtin_entry("", "v1", "events");
+        let uid = meta::uid(&service.value);
+        let same = txn
+            .state()
+            .list(&entry.collection, Some(namespace))
+            .find(|event| {
+                let text = |path: &[&str]| meta::text(&event.value, path);
+                text(&["involvedObject", "uid"]) == uid
+                    && text(&["reason"]) == *reason
+                    && text(&["message"]) == message
+                    && text(&["source", "component"]) == reporter
+            })
+            .cloned();
+        if let Some(old) = same {
+            let mut new = old.value.clone();
+            let count = meta::get(&new, &["count"]).as_i64().unwrap_or(1);
+            new["count"] = json!(count + 1);
+            new["lastTimestamp"] = json!(now);
+            return self.pipeline.update(txn, &entry, &old, new, SILENT).map(|_| ());
+        }
+        let event = json!({
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": format!("{name}.{:016x}", services::pick(u64::MAX)), "namespace": namespace},
+            "involvedObject": {
+                "apiVersion": "v1", "kind": "Service", "namespace": namespace, "name": name, "uid": uid,
+                "resourceVersion": service.revision.to_string(),
+            },
+            "reason": reason,
+            "message": message,
+            "type": "Warning",
+            "source": {"component": reporter},
+            "reportingComponent": reporter,
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+        });
+        self.pipeline.create(txn, &entry, namespace, event, SILENT).map(|_| ())
+    }
+
     /// Creates an object, or makes some of its fields right.
     fn publish(&self, txn: &mut Txn, group: &str, plural: &str, value: Value, fields: &[&str]) -> Result<(), Status> {
         let entry = self.catalog.builtin_entry(group, "v1", plural);
@@ -70,25 +136,14 @@ impl Boot<'_> {
     }
 }
 
-/// Writes the initial objects in one transaction. `missing` and `surplus` are IPAddress objects that the pools want.
-pub async fn run(
-    inner: &Arc<Inner>,
-    config: &ServerConfig,
-    missing: Vec<Value>,
-    surplus: Vec<String>,
-) -> Result<(), Status> {
+/// Writes the initial objects in one transaction, and what the pools want to be put right.
+pub async fn run(inner: &Arc<Inner>, config: &ServerConfig, repair: &Repair) -> Result<(), Status> {
     let now = Timestamp::now();
     let catalog = inner.catalog.load_full();
     let boot = Boot { pipeline: Pipeline { server: inner, catalog: &catalog, now, user: None }, catalog: &catalog };
     inner
         .store
         .transact(|txn| {
-            for name in surplus {
-                txn.delete(IP_ADDRESSES, &Key::new("", &name));
-            }
-            for value in missing {
-                boot.ensure(txn, "networking.k8s.io", "ipaddresses", value)?;
-            }
             for name in NAMESPACES {
                 let value = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
                 boot.ensure(txn, "", "namespaces", value)?;
@@ -124,7 +179,8 @@ pub async fn run(
             boot.ensure(txn, "", "services", service)?;
             let (endpoints, slice) = own_endpoints(config);
             boot.publish(txn, "", "endpoints", endpoints, &["subsets"])?;
-            boot.publish(txn, "discovery.k8s.io", "endpointslices", slice, &["endpoints", "ports"])
+            boot.publish(txn, "discovery.k8s.io", "endpointslices", slice, &["endpoints", "ports"])?;
+            boot.repair(txn, repair)
         })
         .await
 }
@@ -180,21 +236,53 @@ const EVENT_TTL_SECONDS: i64 = 3600;
 /// How often old events are looked for.
 const SWEEP_PERIOD: Duration = Duration::from_secs(300);
 
-/// Keeps ServiceCIDR objects right and removes old events until shutdown.
-pub async fn keep(inner: Arc<Inner>) {
+/// How often addresses and ports are compared with the Services (the reference implementation's interval).
+const REPAIR_PERIOD: Duration = Duration::from_secs(180);
+
+/// Keeps ServiceCIDR and IPAddress objects right and removes old events until shutdown.
+///
+/// `since` is a revision at which all was right.
+pub async fn keep(inner: Arc<Inner>, since: u64) {
     let mut sweep = tokio::time::interval(SWEEP_PERIOD);
-    let Ok(mut ranges) = inner.store.watch(SERVICE_CIDRS, inner.store.snapshot().revision) else { return };
-    let Ok(mut addresses) = inner.store.watch(IP_ADDRESSES, inner.store.snapshot().revision) else { return };
+    let mut repair = tokio::time::interval(REPAIR_PERIOD);
+    // The first one has been done before the server was ready.
+    repair.reset();
+    let Ok(mut ranges) = inner.store.watch(SERVICE_CIDRS, since) else { return };
+    let Ok(mut addresses) = inner.store.watch(IP_ADDRESSES, since) else { return };
     loop {
         tokio::select! {
             () = inner.shutdown.cancelled() => return,
             _ = sweep.tick() => sweep_events(&inner).await,
+            _ = repair.tick() => repair_allocations(&inner).await,
             () = ranges.changed() => {}
             () = addresses.changed() => {}
         }
         // Only that something happened matters; expired events do not.
-        let _ = (ranges.read(), addresses.read());
+        let _ = ranges.read();
+        // An address deleted by hand is back before another Service can get it.
+        let state = inner.store.snapshot();
+        let lost = |event: &Event| event.change == Removed && services::is_needed(&state, &event.object.value);
+        if addresses.read().map_or(true, |events| events.iter().any(|event| lost(event))) {
+            repair_allocations(&inner).await;
+        }
         reconcile_ranges(&inner).await;
+    }
+}
+
+/// Compares Services, IPAddress objects and pools, and puts right what can be.
+pub async fn repair_allocations(inner: &Arc<Inner>) {
+    let catalog = inner.catalog.load_full();
+    let pipeline = Pipeline { server: inner, catalog: &catalog, now: Timestamp::now(), user: None };
+    let boot = Boot { pipeline, catalog: &catalog };
+    let outcome = inner
+        .store
+        .transact(|txn| {
+            let repair = inner.pools.repair(txn.state());
+            boot.repair(txn, &repair)
+        })
+        .await;
+    if let Err(status) = outcome {
+        tracing::warn!(error = status.message, "cannot repair the addresses and ports of Services");
     }
 }
 

@@ -54,6 +54,13 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Longest wait for the head of a request, also between requests.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(32);
+
+/// How often an HTTP/2 client is asked whether it is still there, and how long it has to answer.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// Most requests at once on one HTTP/2 connection: Go clients put hundreds of watches on one.
 const MAX_STREAMS: u32 = 1000;
 
@@ -142,7 +149,7 @@ impl Server {
         {
             return Err(Error::ServiceRange("one range, or one of each IP family, is needed".to_owned()));
         }
-        let (pools, missing, surplus) = Pools::rebuild(ranges, config.node_port_range, &store.snapshot());
+        let (pools, repair) = Pools::rebuild(ranges, config.node_port_range, &store.snapshot());
         let address = config
             .listeners
             .first()
@@ -162,7 +169,7 @@ impl Server {
             address,
         });
         crate::crd::load(&inner);
-        bootstrap::run(&inner, &config, missing, surplus).await.map_err(|status| Error::Bootstrap(status.message))?;
+        bootstrap::run(&inner, &config, &repair).await.map_err(|status| Error::Bootstrap(status.message))?;
         let tls = Arc::new(authority.server_config(&server_names(&config))?);
         let tasks = TaskTracker::new();
         for listener in config.listeners {
@@ -170,7 +177,7 @@ impl Server {
             let listener = tokio::net::TcpListener::from_std(listener).map_err(Error::Listener)?;
             tasks.spawn(accept(inner.clone(), listener, TlsAcceptor::from(tls.clone()), tasks.clone()));
         }
-        tasks.spawn(bootstrap::keep(inner.clone()));
+        tasks.spawn(bootstrap::keep(inner.clone(), inner.store.snapshot().revision));
         tasks.spawn(crate::crd::keep(inner.clone()));
         tasks.spawn(crate::rbac::aggregation::keep(inner.clone()));
         Ok(Server { inner, authority, tasks })
@@ -316,9 +323,17 @@ async fn connection(inner: Arc<Inner>, socket: tokio::net::TcpStream, tls: TlsAc
             Ok::<_, std::convert::Infallible>(handle(inner, request, certificate).await)
         }
     });
-    let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(32));
-    builder.http2().timer(TokioTimer::new()).max_concurrent_streams(MAX_STREAMS);
+    // The protocol is known from the handshake. Finding it out from the first bytes would wait for them without a limit.
+    let is_http2 = socket.get_ref().1.alpn_protocol() == Some(b"h2");
+    let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+    let mut builder = if is_http2 { builder.http2_only() } else { builder.http1_only() };
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_TIMEOUT);
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(socket), service);
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
@@ -520,6 +535,10 @@ async fn route(
     let Some(verb) = path::verb(request.method(), target.name.is_some(), watch) else {
         return entry.map_or_else(no_entry, |_| Err(Status::method_not_allowed()));
     };
+    labels.verb = verb.to_uppercase();
+    if let Ok(entry) = &entry {
+        labels.resource.clone_from(&entry.kind.plural);
+    }
     let resource = match &target.subresource {
         Some(subresource) => format!("{}/{subresource}", target.resource),
         None => target.resource.clone(),
@@ -538,8 +557,6 @@ async fn route(
         Ok(entry) => entry,
         Err(missing) => return no_entry(missing),
     };
-    labels.verb = verb.to_uppercase();
-    labels.resource.clone_from(&entry.kind.plural);
     allowed(&entry, &target, verb)?;
     if let Some(subresource @ ("log" | "exec" | "attach" | "portforward" | "proxy")) = target.subresource.as_deref() {
         *long_running = true;

@@ -8,11 +8,11 @@ use std::sync::{Mutex, MutexGuard};
 
 use ipnet::IpNet;
 use portolan_api::meta;
-use portolan_api::service::{self, Changes, ServiceAllocator};
+use portolan_api::service::{self, Changes, Finding, ServiceAllocator};
 use rand::RngExt as _;
 use serde_json::Value;
 
-use crate::store::Snapshot;
+use crate::store::{Key, Snapshot};
 
 /// Collection names.
 pub const SERVICES: &str = "services";
@@ -24,6 +24,30 @@ pub const SERVICE_CIDRS: &str = "servicecidrs.networking.k8s.io";
 /// The pools. Used only inside transactions, which run one at a time.
 pub struct Pools {
     allocator: Mutex<ServiceAllocator>,
+    ranges: Vec<IpNet>,
+    node_ports: (u16, u16),
+}
+
+/// What is wrong with the stored Services and IPAddress objects.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Repair {
+    /// IPAddress objects that are missing.
+    pub missing: Vec<Value>,
+    /// Names of those that nobody needs.
+    pub surplus: Vec<String>,
+    /// What the Services' owners should know, as Warning events.
+    pub findings: Vec<Finding>,
+}
+
+fn rebuild(cidrs: &[IpNet], node_ports: (u16, u16), state: &Snapshot) -> (ServiceAllocator, Repair) {
+    fn values<'a>(state: &'a Snapshot, resource: &str) -> Vec<&'a Value> {
+        state.list(resource, None).map(|object| &object.value).collect()
+    }
+    let (services, addresses) = (values(state, SERVICES), values(state, IP_ADDRESSES));
+    let ranges = values(state, SERVICE_CIDRS);
+    let rebuilt = service::rebuild(cidrs, node_ports.0..=node_ports.1, &services, &addresses, &ranges);
+    let repair = Repair { missing: rebuilt.create, surplus: rebuilt.delete, findings: rebuilt.findings };
+    (rebuilt.allocator, repair)
 }
 
 /// A random number below `n`.
@@ -33,26 +57,17 @@ pub fn pick(n: u64) -> u64 {
 
 impl Pools {
     /// The pools as the stored objects leave them, and what must be written to make the IPAddress objects agree.
-    pub fn rebuild(cidrs: &[IpNet], node_ports: (u16, u16), state: &Snapshot) -> (Pools, Vec<Value>, Vec<String>) {
-        let values = |resource: &str| -> Vec<std::sync::Arc<crate::store::Object>> {
-            state.list(resource, None).cloned().collect()
-        };
-        let (services, addresses, ranges) = (values(SERVICES), values(IP_ADDRESSES), values(SERVICE_CIDRS));
-        fn refs(objects: &[std::sync::Arc<crate::store::Object>]) -> Vec<&Value> {
-            objects.iter().map(|object| &object.value).collect()
-        }
-        let rebuilt =
-            service::rebuild(cidrs, node_ports.0..=node_ports.1, &refs(&services), &refs(&addresses), &refs(&ranges));
-        for finding in &rebuilt.findings {
-            tracing::warn!(
-                namespace = finding.namespace,
-                service = finding.name,
-                reason = finding.reason,
-                message = finding.message,
-                "a stored Service has a bad address or port"
-            );
-        }
-        (Pools { allocator: Mutex::new(rebuilt.allocator) }, rebuilt.create, rebuilt.delete)
+    pub fn rebuild(cidrs: &[IpNet], node_ports: (u16, u16), state: &Snapshot) -> (Pools, Repair) {
+        let (allocator, repair) = rebuild(cidrs, node_ports, state);
+        (Pools { allocator: Mutex::new(allocator), ranges: cidrs.to_vec(), node_ports }, repair)
+    }
+
+    /// Compares the stored objects with each other again. The pools are replaced by what they say; this must run in a
+    /// transaction, whose writes then carry out the repair.
+    pub fn repair(&self, state: &Snapshot) -> Repair {
+        let (allocator, repair) = rebuild(&self.ranges, self.node_ports, state);
+        *self.lock() = allocator;
+        repair
     }
 
     /// The pools, for planning a write.
@@ -82,6 +97,15 @@ impl Pools {
     pub fn commit(&self, changes: &Changes) {
         self.lock().commit(changes);
     }
+}
+
+/// Whether the Service that an IPAddress object names still has that address.
+pub fn is_needed(state: &Snapshot, address: &Value) -> bool {
+    let parent = |field: &str| meta::text(address, &["spec", "parentRef", field]);
+    parent("resource") == "services"
+        && state
+            .get(SERVICES, &Key::new(parent("namespace"), parent("name")))
+            .is_some_and(|service| service::cluster_ips(&service.value).contains(&meta::name(address)))
 }
 
 /// The IPAddress object of an address, without server-owned metadata.

@@ -52,6 +52,11 @@ impl Event {
         Event { resource, key, change, object, previous, at: Instant::now(), lines: Default::default() }
     }
 
+    /// Bytes of the object, about half of what the event keeps in memory.
+    fn size(&self) -> usize {
+        self.object.body.len()
+    }
+
     /// The line `{"type":...,"object":...}` of a plain watch, shared by all watchers with the same `prefix`, which is
     /// the object's beginning with `apiVersion` and `kind`.
     pub fn line(&self, shown_as: Change, prefix: &Arc<str>) -> bytes::Bytes {
@@ -96,6 +101,12 @@ const RING_MAX: usize = 4096;
 /// it (the reference implementation compacts every five minutes).
 const RING_AGE: Duration = Duration::from_secs(300);
 
+/// Most bytes of objects that a ring keeps, whatever their number: two states of each, and lines as they are needed.
+const RING_BYTES: usize = 32 << 20;
+
+/// Most bytes of objects that one read returns, so that a slow reader holds no more of the past than that.
+const READ_BYTES: usize = 1 << 20;
+
 /// Old events that are kept all the same, for watchers of quiet collections.
 const RING_MIN: usize = 64;
 
@@ -103,6 +114,7 @@ struct Ring {
     /// Events up to this revision may be missing.
     floor: u64,
     events: VecDeque<Arc<Event>>,
+    bytes: usize,
     wake: tokio::sync::watch::Sender<u64>,
 }
 
@@ -121,7 +133,8 @@ impl Rings {
     fn with<T>(&self, resource: &str, act: impl FnOnce(&mut Ring) -> T) -> T {
         let mut rings = self.rings.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if !rings.contains_key(resource) {
-            let ring = Ring { floor: self.floor, events: VecDeque::new(), wake: tokio::sync::watch::Sender::new(0) };
+            let ring =
+                Ring { floor: self.floor, events: VecDeque::new(), bytes: 0, wake: tokio::sync::watch::Sender::new(0) };
             rings.insert(Arc::from(resource), ring);
         }
         act(rings.get_mut(resource).expect("just inserted"))
@@ -130,11 +143,14 @@ impl Rings {
     pub(super) fn append(&self, events: &[Arc<Event>]) {
         for event in events {
             self.with(&event.resource, |ring| {
+                ring.bytes += event.size();
                 ring.events.push_back(event.clone());
                 while ring.events.len() > RING_MAX
+                    || (ring.bytes > RING_BYTES && ring.events.len() > 1)
                     || (ring.events.len() > RING_MIN && ring.events[0].at.elapsed() > RING_AGE)
                 {
                     if let Some(dropped) = ring.events.pop_front() {
+                        ring.bytes -= dropped.size();
                         ring.floor = dropped.object.revision;
                     }
                 }
@@ -158,7 +174,7 @@ impl Rings {
         let wake = self.with(resource, |ring| {
             if revision < ring.floor { Err(Expired { floor: ring.floor }) } else { Ok(ring.wake.subscribe()) }
         })?;
-        Ok(Watcher { resource: Arc::from(resource), revision, wake, shared })
+        Ok(Watcher { resource: Arc::from(resource), revision, wake, behind: false, shared })
     }
 }
 
@@ -168,11 +184,13 @@ pub struct Watcher {
     /// All events up to this revision have been read.
     revision: u64,
     wake: tokio::sync::watch::Receiver<u64>,
+    behind: bool,
     shared: Arc<Shared>,
 }
 
 impl Watcher {
-    /// The events that have happened since the last call; perhaps none.
+    /// The events that have happened since the last call; perhaps none. If they are many, the first of them; then
+    /// [`Watcher::is_behind`] is true.
     ///
     /// # Errors
     /// Some of them are no longer kept: the reader has been too slow.
@@ -180,10 +198,24 @@ impl Watcher {
         self.wake.mark_unchanged();
         // Read before the ring: all events up to here are in it.
         let complete = self.shared.fanned_out.load(Ordering::Acquire);
-        let events = self.shared.rings.after(&self.resource, self.revision)?;
+        let mut events = self.shared.rings.after(&self.resource, self.revision)?;
+        let mut bytes = 0;
+        let fits = |event: &Arc<Event>| {
+            let begins_within = bytes < READ_BYTES;
+            bytes += event.size();
+            begins_within
+        };
+        let count = events.iter().map(fits).take_while(|fits| *fits).count();
+        self.behind = count < events.len();
+        events.truncate(count);
         let last = events.last().map_or(0, |event| event.object.revision);
-        self.revision = self.revision.max(complete).max(last);
+        self.revision = if self.behind { last } else { self.revision.max(complete).max(last) };
         Ok(events)
+    }
+
+    /// Whether the last read has left events for the next one, which there is then no need to wait for.
+    pub fn is_behind(&self) -> bool {
+        self.behind
     }
 
     /// All events up to this revision have been returned by [`Watcher::read`].

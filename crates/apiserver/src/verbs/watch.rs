@@ -193,10 +193,9 @@ impl Stream {
                     self.closing = true;
                 }
             }
-            if !self.ready.is_empty() {
-                continue;
+            if self.ready.is_empty() && !self.watcher.is_behind() {
+                self.wait().await;
             }
-            self.wait().await;
         }
     }
 

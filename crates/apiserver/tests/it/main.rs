@@ -2,6 +2,7 @@
 
 mod access;
 mod crash;
+mod repair;
 mod requests;
 mod streams;
 mod support;

@@ -1,0 +1,72 @@
+//! Addresses and ports of Services are put right, and what cannot be is told.
+
+use portolan_apiserver::store::Key;
+use serde_json::{Value, json};
+
+use crate::support::{Fixture, LIMIT};
+
+const ADDRESSES: &str = "/apis/networking.k8s.io/v1/ipaddresses";
+
+fn service(name: &str, ip: &str) -> Value {
+    json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
+        "spec": {"clusterIP": ip, "ports": [{"port": 80}]}})
+}
+
+async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let wait = async {
+        while !holds().await {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, wait).await.unwrap_or_else(|_| panic!("not in time: {what}"));
+}
+
+/// Reason and message of the warnings on a Service.
+async fn warnings(f: &Fixture, name: &str) -> Vec<(String, String)> {
+    let path = format!("/api/v1/namespaces/default/events?fieldSelector=involvedObject.name%3D{name}");
+    let events = f.get(&path).await.body;
+    let text = |event: &Value, field: &str| event[field].as_str().unwrap_or_default().to_owned();
+    let items = events["items"].as_array().expect("items");
+    items.iter().map(|event| (text(event, "reason"), text(event, "message"))).collect()
+}
+
+#[tokio::test]
+async fn an_address_deleted_by_hand_comes_back() {
+    let f = Fixture::start().await;
+    assert_eq!(f.post("/api/v1/namespaces/default/services", &service("a", "10.96.7.7")).await.code, 201);
+    assert_eq!(f.delete(&format!("{ADDRESSES}/10.96.7.7")).await.code, 200);
+    until("the address", async || f.get(&format!("{ADDRESSES}/10.96.7.7")).await.code == 200).await;
+    let message = "Cluster IP 10.96.7.7 for service default/a is not allocated; repairing".to_owned();
+    assert_eq!(warnings(&f, "a").await, [("ClusterIPNotAllocated".to_owned(), message)]);
+    let taken = f.post("/api/v1/namespaces/default/services", &service("b", "10.96.7.7")).await;
+    assert_eq!(taken.code, 422);
+
+    // An address goes with its Service, and nothing is said about that.
+    assert_eq!(f.delete("/api/v1/namespaces/default/services/a").await.code, 200);
+    assert_eq!(f.get(&format!("{ADDRESSES}/10.96.7.7")).await.code, 404);
+    assert_eq!(warnings(&f, "a").await.len(), 1);
+}
+
+#[tokio::test]
+async fn what_two_services_claim_is_told_to_the_second() {
+    let f = Fixture::start().await;
+    assert_eq!(f.post("/api/v1/namespaces/default/services", &service("a", "10.96.7.8")).await.code, 201);
+    // As if someone had edited the stored objects.
+    let store = f.server.store();
+    store
+        .transact(|txn| {
+            let mut second = txn.get("services", &Key::new("default", "a")).expect("stored").value.clone();
+            second["metadata"]["name"] = json!("b");
+            second["metadata"]["uid"] = json!("b-uid");
+            txn.put("services", &Key::new("default", "b"), second);
+            txn.delete("ipaddresses.networking.k8s.io", &Key::new("", "10.96.7.8"));
+            Ok(())
+        })
+        .await
+        .expect("stored");
+    until("the warning", async || !warnings(&f, "b").await.is_empty()).await;
+    let message = "Cluster IP 10.96.7.8 was assigned to multiple services; please recreate service".to_owned();
+    assert_eq!(warnings(&f, "b").await, [("ClusterIPAlreadyAllocated".to_owned(), message)]);
+    let owner = f.get(&format!("{ADDRESSES}/10.96.7.8")).await.body;
+    assert_eq!(owner["spec"]["parentRef"]["name"], "a");
+}
