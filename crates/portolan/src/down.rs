@@ -24,10 +24,12 @@ pub fn run(args: &args::Down) -> Result<()> {
     let lock = stop(&paths)?;
     let data = state.map_or_else(|| paths.default_data(), |s| s.data_dir);
     clean(&paths, &data)?;
-    drop(lock);
     let purged = args.purge && data.exists();
     if purged {
         fs::remove_dir_all(&data).with_context(|| format!("cannot remove {}", data.display()))?;
+    }
+    if args.purge {
+        paths.forget(lock)?;
     }
     match (ran, purged) {
         (true, true) => println!("cluster {} is down, its data removed", paths.name),

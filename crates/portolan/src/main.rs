@@ -49,11 +49,7 @@ fn run(command: Command) -> Result<u8> {
         Command::Down(args) => down::run(&args)?,
         Command::Status(args) => return runtime(1)?.block_on(status::run(&args)),
         Command::Kubeconfig(args) => {
-            let paths = Paths::new(&args.name);
-            let state = paths.read_state()?.with_context(|| {
-                format!("cluster {} is not running; start it with: portolan up --name {0} --detach", args.name)
-            })?;
-            println!("{}", state.kubeconfig.display());
+            println!("{}", Paths::new(&args.name).running()?.kubeconfig.display());
         }
         Command::Exec(args) => match exec::run(&Paths::new(&args.named.name), &args.place, &args.command)? {},
         Command::Image(args) => image::run(args)?,

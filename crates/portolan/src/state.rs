@@ -98,21 +98,44 @@ impl Paths {
                 write!(lock, "{}", std::process::id())?;
                 Ok(Ok(Lock { _file: lock }))
             }
-            Err((mut file, nix::errno::Errno::EWOULDBLOCK)) => {
-                let mut text = String::new();
-                file.read_to_string(&mut text)?;
-                Ok(Err(text.trim().parse().unwrap_or(0)))
-            }
+            Err((mut file, nix::errno::Errno::EWOULDBLOCK)) => Ok(Err(pid_in(&mut file)?)),
             Err((_, error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
         }
     }
 
     /// The process that holds the cluster, if one does.
     pub fn holder(&self) -> Result<Option<u32>> {
-        if !self.lock_file().exists() {
-            return Ok(None);
+        let path = self.lock_file();
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("cannot open {}", path.display())),
+        };
+        match Flock::lock(file, FlockArg::LockSharedNonblock) {
+            Ok(_) => Ok(None),
+            Err((mut file, nix::errno::Errno::EWOULDBLOCK)) => Ok(Some(pid_in(&mut file)?)),
+            Err((_, error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
         }
-        Ok(self.lock()?.err())
+    }
+
+    /// What the running cluster says about itself.
+    ///
+    /// # Errors
+    /// Fails with the command to start it when it does not run.
+    pub fn running(&self) -> Result<State> {
+        let state = if self.holder()?.is_some() { self.read_state()? } else { None };
+        state.with_context(|| {
+            let name = &self.name;
+            format!("cluster {name} is not running; start it with: portolan up --name {name} --detach")
+        })
+    }
+
+    /// Removes the lock's file. The caller holds the lock and nothing else of the cluster is left.
+    pub fn forget(&self, lock: Lock) -> Result<()> {
+        let path = self.lock_file();
+        fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        drop(lock);
+        Ok(())
     }
 
     /// What the running (or crashed) cluster wrote about itself; `None` when there is none.
@@ -143,6 +166,13 @@ impl Paths {
         names.sort_by(|a, b| a.0.cmp(&b.0));
         names
     }
+}
+
+/// The process id that the holder of a lock wrote; 0 when it has not yet.
+fn pid_in(file: &mut File) -> io::Result<u32> {
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok(text.trim().parse().unwrap_or(0))
 }
 
 /// Holds a cluster until dropped.
