@@ -2,6 +2,7 @@
 
 mod access;
 mod crash;
+mod load;
 mod repair;
 mod requests;
 mod streams;
