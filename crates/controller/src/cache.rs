@@ -56,10 +56,13 @@ struct Entry<K> {
     unconfirmed: Option<u64>,
 }
 
+/// Objects by label key, label value and name.
+type ByLabel<K> = HashMap<String, HashMap<String, BTreeMap<String, Arc<K>>>>;
+
 /// Objects of one kind by what controllers look for.
 struct Index<K> {
     /// By namespace, label key and label value.
-    labels: HashMap<String, HashMap<String, HashMap<String, BTreeMap<String, Arc<K>>>>>,
+    labels: HashMap<String, ByLabel<K>>,
     /// By the uid of the controlling owner, then by namespace and name.
     owners: HashMap<String, BTreeMap<(String, String), Arc<K>>>,
 }
