@@ -183,11 +183,11 @@ pub(crate) fn start_lifecycle(context: Context) -> impl Future<Output = ()> + Se
     });
     let (add, beats) = (queue.clone(), heartbeats.clone());
     let nodes = context.caches.nodes.clone();
-    context.caches.node_leases.on_change(move |_, new| {
+    context.caches.node_leases.on_change(move |old, new| {
         let Some(name) = new.and_then(|l| l.metadata.name.clone()) else { return };
         beats.beat(&name);
-        // Only a node that is not ready can become so by a heartbeat.
-        if nodes.get("", &name).is_some_and(|n| ready_status(&n) == Some("Unknown")) {
+        // The first heartbeat starts the watch over a node; of the others only a node that is not ready needs to know.
+        if old.is_none() || nodes.get("", &name).is_some_and(|n| ready_status(&n) == Some("Unknown")) {
             add.add(Key::new("", name));
         }
     });
