@@ -7,8 +7,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
-use http::HeaderMap;
+use http::{HeaderMap, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
 use crate::proxy::Exchange;
@@ -16,6 +17,61 @@ use crate::timers::Timer;
 use crate::upstream::Lease;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// What is left of an HTTP/2 request's body after its answer is read and dropped up to this time and size.
+const REST_TIME: Duration = Duration::from_secs(5);
+const REST_BYTES: usize = 64 << 20;
+
+/// A request's body as it comes from the client.
+///
+/// Dropping it before its end would end an HTTP/2 stream at once, and clients that are still sending take that for a failure instead
+/// of reading the answer, so the rest is read on for a while. The stream then ends with `NO_ERROR` (RFC 9113 section 8.1). On
+/// HTTP/1 the connection lingers instead.
+pub(crate) struct Received {
+    inner: Option<Incoming>,
+    lingers: bool,
+}
+
+impl Received {
+    pub fn new(inner: Incoming, version: Version) -> Received {
+        Received { inner: Some(inner), lingers: version == Version::HTTP_2 }
+    }
+
+    pub fn is_end_stream(&self) -> bool {
+        self.inner.as_ref().is_none_or(HttpBody::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), HttpBody::size_hint)
+    }
+
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match &mut self.inner {
+            Some(inner) => Pin::new(inner).poll_frame(cx),
+            None => Poll::Ready(None),
+        }
+    }
+}
+
+impl Drop for Received {
+    fn drop(&mut self) {
+        if !self.lingers || self.is_end_stream() {
+            return;
+        }
+        let Some(mut rest) = self.inner.take() else { return };
+        tokio::task::spawn_local(async move {
+            let read = async {
+                let mut bytes = 0;
+                while let Some(Ok(frame)) = rest.frame().await
+                    && bytes < REST_BYTES
+                {
+                    bytes += frame.data_ref().map_or(0, Bytes::len);
+                }
+            };
+            let _ = tokio::time::timeout(REST_TIME, read).await;
+        });
+    }
+}
 
 /// What is known of a request's body while it goes upstream, and the timeout that its progress renews.
 pub(crate) struct Progress {
@@ -43,7 +99,7 @@ impl Progress {
 /// A request's body on its way upstream.
 pub(crate) enum Upload {
     Empty,
-    Stream { inner: Incoming, progress: Rc<Progress>, limit: u64 },
+    Stream { inner: Received, progress: Rc<Progress>, limit: u64 },
 }
 
 impl HttpBody for Upload {
@@ -52,7 +108,7 @@ impl HttpBody for Upload {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         let Upload::Stream { inner, progress, limit } = &mut *self else { return Poll::Ready(None) };
-        let frame = match Pin::new(inner).poll_frame(cx) {
+        let frame = match inner.poll_frame(cx) {
             Poll::Pending => return Poll::Pending,
             Poll::Ready(frame) => frame,
         };

@@ -382,7 +382,6 @@ where
         .title_case_headers(true)
         .max_headers(MAX_FIELDS)
         .half_close(false)
-        .pipeline_flush(true)
         .serve_connection(guard, handler);
     let idle = worker.timers.after(KEEP_ALIVE);
     let mut stopping = pin!(worker.stop.cancelled());

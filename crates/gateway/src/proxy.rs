@@ -11,13 +11,12 @@ use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version, request};
-use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::client::conn::http1::SendRequest;
 use portolan_plan::route::{Decision, Forward, Head, Host, Profile, Rule, UpstreamId, decide, host};
 
 use crate::accesslog::Line;
-use crate::body::{Body, Progress, Relay, Upload};
+use crate::body::{Body, Progress, Received, Relay, Upload};
 use crate::engine::Worker;
 use crate::guard::Conn;
 use crate::head::{self, Forwarding};
@@ -223,6 +222,7 @@ pub(crate) async fn handle(
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
     let (parts, incoming) = request.into_parts();
+    let incoming = Received::new(incoming, parts.version);
     let snapshot = worker.snapshot.load_full();
     let mut exchange = Exchange::begin(&worker, &link, &snapshot, &parts);
     let upgrading = head::upgrade(&parts);
@@ -316,7 +316,7 @@ async fn answer(
     snapshot: &Arc<Snapshot>,
     exchange: &mut Exchange,
     parts: &request::Parts,
-    incoming: Incoming,
+    incoming: Received,
     upgrading: Option<HeaderValue>,
 ) -> Answer {
     let link = exchange.link.clone();
@@ -392,7 +392,7 @@ async fn proxy(
     snapshot: &Arc<Snapshot>,
     exchange: &mut Exchange,
     parts: &request::Parts,
-    incoming: Incoming,
+    incoming: Received,
     upgrading: Option<HeaderValue>,
     forward: &Forward<'_, '_>,
     authority: Option<&str>,

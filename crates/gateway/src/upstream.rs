@@ -2,12 +2,16 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::io::{ErrorKind, IoSlice};
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::rc::Rc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use hyper::client::conn::http1::{self, Parts, SendRequest};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, oneshot};
 
@@ -112,6 +116,54 @@ impl Pool {
     }
 }
 
+/// A connection whose end is told by reading alone.
+///
+/// A backend may answer before a request has ended and close. The answer can then be read although writing fails, while hyper gives
+/// up at the first failed write. So such a write waits instead; a connection that refuses writes has nothing more to read after
+/// what has come, which ends it.
+struct Heard(TcpStream);
+
+impl AsyncRead for Heard {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, into)
+    }
+}
+
+impl AsyncWrite for Heard {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, from: &[u8]) -> Poll<std::io::Result<usize>> {
+        unless_closed(Pin::new(&mut self.0).poll_write(cx, from))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        from: &[IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        unless_closed(Pin::new(&mut self.0).poll_write_vectored(cx, from))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+fn unless_closed(written: Poll<std::io::Result<usize>>) -> Poll<std::io::Result<usize>> {
+    match written {
+        Poll::Ready(Err(error)) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+            Poll::Pending
+        }
+        written => written,
+    }
+}
+
 fn builder() -> http1::Builder {
     let mut builder = http1::Builder::new();
     builder.title_case_headers(true).max_header_size(MAX_RESPONSE_HEAD);
@@ -127,7 +179,7 @@ pub(crate) async fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
 
 /// Begins HTTP on a connection that is to be used again.
 pub(crate) async fn begin(stream: TcpStream) -> hyper::Result<SendRequest<Upload>> {
-    let (sender, connection) = builder().handshake(TokioIo::new(stream)).await?;
+    let (sender, connection) = builder().handshake(TokioIo::new(Heard(stream))).await?;
     tokio::task::spawn_local(async move {
         if let Err(error) = connection.await {
             tracing::trace!(%error, "upstream connection ended");

@@ -1,7 +1,7 @@
 //! Raw bytes on the wire: framing, smuggling, tunnels, trailers.
 
-use std::io::Write;
-use std::net::Shutdown;
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener};
 
 use crate::harness::*;
 
@@ -156,4 +156,78 @@ fn a_body_is_asked_for_only_when_it_is_wanted() {
     assert_eq!(raw.reply().json()["length"], 5);
     raw.send("POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 5000000\r\nExpect: 100-continue\r\n\r\n");
     assert_eq!(raw.reply().status, 413, "too large: refused without having been sent");
+}
+
+/// A backend that answers as soon as it has seen the beginning of a request, and closes without reading the rest.
+fn hasty() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    // Ends with the process.
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let _ = stream.read(&mut [0; 64]);
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nearly");
+        }
+    });
+    address
+}
+
+#[test]
+fn an_answer_before_the_end_of_the_upload_is_passed_on() {
+    let (gate, _backend) = simple(&[]);
+    gate.service("web", &[hasty()]);
+    for n in 0..60 {
+        let mut raw = Raw::connect(gate.http);
+        let mut writer = raw.stream.try_clone().unwrap();
+        let upload = std::thread::spawn(move || {
+            let _ = writer.write_all(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 900000\r\n\r\n");
+            // The gateway may close before all of it was written.
+            let _ = writer.write_all(&[b'x'; 900_000]);
+        });
+        let reply = raw.reply();
+        assert_eq!((reply.status, reply.body.as_slice()), (200, &b"early"[..]), "request {n}");
+        drop(raw);
+        upload.join().unwrap();
+    }
+}
+
+#[test]
+fn an_http2_answer_before_the_end_of_the_upload_is_seen() {
+    let (mut gate, backend) = simple(&[]);
+    gate.service("hasty", &[hasty()]);
+    gate.publish(&[
+        ingress("a", "nginx", "h", "/", "web", &[]),
+        ingress("b", "nginx", "hasty", "/", "hasty", &[]),
+        ingress("c", "nginx", "none", "/", "nothing", &[]),
+    ]);
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str, size: usize| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, vec![b'x'; size]).unwrap();
+        format!("@{}", path.display())
+    };
+    let (large, medium) = (file("large", 30_000_000), file("medium", 900_000));
+    let body = directory.path().join("answer");
+    let port = gate.https.port();
+    let table = [
+        ("h", &large, &[][..], "2 413"),
+        ("h", &large, &["-H", "Content-Length:"][..], "2 413"),
+        ("none", &large, &[][..], "2 503"),
+        ("other", &large, &[][..], "2 404"),
+        ("hasty", &medium, &[][..], "2 200"),
+    ];
+    for (host, data, more, expected) in table {
+        for n in 0..10 {
+            let resolve = format!("{host}:{port}:127.0.0.1");
+            let url = format!("https://{host}:{port}/");
+            let mut arguments = vec!["-k", "--resolve", &resolve, "-o", body.to_str().unwrap()];
+            arguments.extend(["-w", "%{http_version} %{http_code}", "--data-binary", data, &url]);
+            arguments.extend(more);
+            assert_eq!(curl(&arguments), expected, "{host} {more:?}, request {n}");
+            assert!(std::fs::metadata(&body).unwrap().len() > 0, "{host}: the answer is whole");
+        }
+    }
+    // Without an announced length the backend sees the beginning of the upload, but nothing that it could answer.
+    assert!(backend.seen() <= 10, "{}", backend.seen());
 }
