@@ -143,7 +143,7 @@ fn lab() -> Lab {
 }
 
 /// Median microseconds for a connection with a byte each way, ended by a reset.
-fn connect(lab: &Lab, to: impl Fn(u32) -> SocketAddr + Send) -> f64 {
+fn connect(lab: &Lab, to: impl Fn(u32) -> SocketAddr + Send + Sync) -> f64 {
     let times = lab.client.run(|| {
         (0..CONNECTS)
             .map(|i| {

@@ -657,8 +657,8 @@ impl HostPortPod {
             }
         }
         let created = meta.creation_timestamp.as_ref().map(|t| t.0.as_second()).unwrap_or_default();
-        let useful = !addresses.is_empty() && !(ports.is_empty() && findings.is_empty());
-        useful.then_some(HostPortPod { origin, created, addresses, ports, findings })
+        let wanted = !ports.is_empty() || !findings.is_empty();
+        (wanted && !addresses.is_empty()).then_some(HostPortPod { origin, created, addresses, ports, findings })
     }
 }
 
