@@ -76,7 +76,8 @@ fn host_ports_and_loopback_ports_reach_their_pods() {
         apply(&mut proxy);
 
         // From, to, port, protocol; who answers and as whom it sees the client; nobody: refused.
-        let rows: [(&str, &str, u16, &str, Option<(&str, &str)>); 17] = [
+        type Row = (&'static str, &'static str, u16, &'static str, Option<(&'static str, &'static str)>);
+        let rows: [Row; 17] = [
             ("x1", "n1", 31500, "tcp", Some(("p1a", "x1"))),
             ("x1", "n1.6", 31500, "tcp", Some(("p1a", "x1.6"))),
             ("x1", "n1.gw", 31500, "udp", Some(("p1a", "x1"))),
