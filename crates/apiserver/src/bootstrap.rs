@@ -174,12 +174,7 @@ pub async fn run(inner: &Arc<Inner>, config: &ServerConfig, repair: &Repair) -> 
             }
             rbac::aggregation::reconcile(txn, boot.pipeline)?;
             service_range(txn, &boot, config, now)?;
-            let port = config.advertise.port();
-            let service = service::kubernetes_service(&config.service_cidrs, port);
-            boot.ensure(txn, "", "services", service)?;
-            let (endpoints, slice) = own_endpoints(config);
-            boot.publish(txn, "", "endpoints", endpoints, &["subsets"])?;
-            boot.publish(txn, "discovery.k8s.io", "endpointslices", slice, &["endpoints", "ports"])?;
+            publish_itself(txn, &boot, &Itself::new(config))?;
             boot.repair(txn, repair)
         })
         .await
@@ -230,6 +225,39 @@ fn own_endpoints(config: &ServerConfig) -> (Value, Value) {
     (endpoints, slice)
 }
 
+/// How clients inside the cluster find the API server.
+#[derive(Clone, Debug)]
+pub struct Itself {
+    service: Value,
+    endpoints: Value,
+    slice: Value,
+}
+
+impl Itself {
+    /// What a server with this configuration publishes.
+    pub fn new(config: &ServerConfig) -> Itself {
+        let service = service::kubernetes_service(&config.service_cidrs, config.advertise.port());
+        let (endpoints, slice) = own_endpoints(config);
+        Itself { service, endpoints, slice }
+    }
+}
+
+fn publish_itself(txn: &mut Txn, boot: &Boot<'_>, itself: &Itself) -> Result<(), Status> {
+    boot.ensure(txn, "", "services", itself.service.clone())?;
+    boot.publish(txn, "", "endpoints", itself.endpoints.clone(), &["subsets"])?;
+    boot.publish(txn, "discovery.k8s.io", "endpointslices", itself.slice.clone(), &["endpoints", "ports"])
+}
+
+/// Brings back the Service of the API server, which pods are told about, and its endpoints.
+async fn republish(inner: &Arc<Inner>, itself: &Itself) {
+    let catalog = inner.catalog.load_full();
+    let pipeline = Pipeline { server: inner, catalog: &catalog, now: Timestamp::now(), user: None };
+    let boot = Boot { pipeline, catalog: &catalog };
+    if let Err(status) = inner.store.transact(|txn| publish_itself(txn, &boot, itself)).await {
+        tracing::warn!(error = status.message, "cannot publish the Service of the API server");
+    }
+}
+
 /// How long events are kept (`--event-ttl`).
 const EVENT_TTL_SECONDS: i64 = 3600;
 
@@ -239,16 +267,17 @@ const SWEEP_PERIOD: Duration = Duration::from_secs(300);
 /// How often addresses and ports are compared with the Services (the reference implementation's interval).
 const REPAIR_PERIOD: Duration = Duration::from_secs(180);
 
-/// Keeps ServiceCIDR and IPAddress objects right and removes old events until shutdown.
+/// Keeps ServiceCIDR and IPAddress objects and the server's own Service right, and removes old events, until shutdown.
 ///
 /// `since` is a revision at which all was right.
-pub async fn keep(inner: Arc<Inner>, since: u64) {
+pub async fn keep(inner: Arc<Inner>, itself: Itself, since: u64) {
     let mut sweep = tokio::time::interval(SWEEP_PERIOD);
     let mut repair = tokio::time::interval(REPAIR_PERIOD);
     // The first one has been done before the server was ready.
     repair.reset();
     let Ok(mut ranges) = inner.store.watch(SERVICE_CIDRS, since) else { return };
     let Ok(mut addresses) = inner.store.watch(IP_ADDRESSES, since) else { return };
+    let Ok(mut services) = inner.store.watch(SERVICES, since) else { return };
     loop {
         tokio::select! {
             () = inner.shutdown.cancelled() => return,
@@ -256,6 +285,7 @@ pub async fn keep(inner: Arc<Inner>, since: u64) {
             _ = repair.tick() => repair_allocations(&inner).await,
             () = ranges.changed() => {}
             () = addresses.changed() => {}
+            () = services.changed() => {}
         }
         // Only that something happened matters; expired events do not.
         let _ = ranges.read();
@@ -264,6 +294,13 @@ pub async fn keep(inner: Arc<Inner>, since: u64) {
         let lost = |event: &Event| event.change == Removed && services::is_needed(&state, &event.object.value);
         if addresses.read().map_or(true, |events| events.iter().any(|event| lost(event))) {
             repair_allocations(&inner).await;
+        }
+        let own = |event: &Event| {
+            let object = &event.object.value;
+            event.change == Removed && meta::namespace(object) == "default" && meta::name(object) == KUBERNETES
+        };
+        if services.read().map_or(true, |events| events.iter().any(|event| own(event))) {
+            republish(&inner, &itself).await;
         }
         reconcile_ranges(&inner).await;
     }

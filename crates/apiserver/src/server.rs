@@ -172,12 +172,13 @@ impl Server {
         bootstrap::run(&inner, &config, &repair).await.map_err(|status| Error::Bootstrap(status.message))?;
         let tls = Arc::new(authority.server_config(&server_names(&config))?);
         let tasks = TaskTracker::new();
+        let itself = bootstrap::Itself::new(&config);
         for listener in config.listeners {
             listener.set_nonblocking(true).map_err(Error::Listener)?;
             let listener = tokio::net::TcpListener::from_std(listener).map_err(Error::Listener)?;
             tasks.spawn(accept(inner.clone(), listener, TlsAcceptor::from(tls.clone()), tasks.clone()));
         }
-        tasks.spawn(bootstrap::keep(inner.clone(), inner.store.snapshot().revision));
+        tasks.spawn(bootstrap::keep(inner.clone(), itself, inner.store.snapshot().revision));
         tasks.spawn(crate::crd::keep(inner.clone()));
         tasks.spawn(crate::rbac::aggregation::keep(inner.clone()));
         Ok(Server { inner, authority, tasks })

@@ -48,6 +48,21 @@ async fn an_address_deleted_by_hand_comes_back() {
 }
 
 #[tokio::test]
+async fn the_servers_own_service_comes_back() {
+    let f = Fixture::start().await;
+    let path = "/api/v1/namespaces/default/services/kubernetes";
+    let uid = f.get(path).await.body["metadata"]["uid"].clone();
+    assert_eq!(f.delete(path).await.code, 200);
+    until("the Service", async || {
+        let now = f.get(path).await;
+        now.code == 200 && now.body["metadata"]["uid"] != uid && now.body["spec"]["clusterIP"] == "10.96.0.1"
+    })
+    .await;
+    let endpoints = "/api/v1/namespaces/default/endpoints/kubernetes";
+    until("its endpoints", async || f.get(endpoints).await.code == 200).await;
+}
+
+#[tokio::test]
 async fn what_two_services_claim_is_told_to_the_second() {
     let f = Fixture::start().await;
     assert_eq!(f.post("/api/v1/namespaces/default/services", &service("a", "10.96.7.8")).await.code, 201);
