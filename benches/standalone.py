@@ -47,6 +47,8 @@ def portolan(command, *args, check=True):
 
 
 def kubectl(*args, stdin=None, check=True):
+    # A document marker says that flow style is YAML, which kubectl takes for JSON otherwise.
+    stdin = stdin and "---\n" + stdin
     return subprocess.run(["kubectl", *args], input=stdin, capture_output=True, text=True, check=check).stdout
 
 
@@ -101,6 +103,13 @@ def memory(pids):
         except OSError:
             pass
     return total["Rss"] / 1024, total["Pss"] / 1024
+
+
+def at_rest(when):
+    time.sleep(5)
+    rss, pss = memory(processes())
+    what = f"{when}: resident memory, MiB (proportional: pages of the shared binary counted once)"
+    return what, f"{rss:.0f} ({pss:.0f})", "150"
 
 
 def cpu(pids):
@@ -198,6 +207,7 @@ def main():
         if i < RUNS - 1:
             portolan("down", "--purge")
     rows.append(("`up` to all system pods ready, s", f"{statistics.median(ups):.2f}", "3"))
+    rows.append(at_rest("at rest, 2 nodes"))
     answers = [first_answer(i) for i in range(RUNS)]
     rows.append(("apply of 3 pods and a Service to first answer, s", f"{statistics.median(answers):.2f}", "2"))
     deadline = time.monotonic() + 60
@@ -207,13 +217,11 @@ def main():
     rows.append(("endpoint change, API write to first connection there, p50, ms", f"{statistics.median(swaps):.1f}", "20"))
     rows.append(("the same, p99, ms", f"{swaps[int(len(swaps) * 0.99)]:.1f}", "20"))
     kubectl("delete", "service,endpointslice", "swap")
-    time.sleep(5)
+    rows.append(at_rest("after that load, at rest"))
     pids = processes()
     before, start = cpu(pids), time.monotonic()
     time.sleep(20)
     load = (cpu(pids) - before) / (time.monotonic() - start) * 100
-    rss, pss = memory(pids)
-    rows.append(("at rest, 2 nodes: resident memory, MiB (proportional: shared pages counted once)", f"{rss:.0f} ({pss:.0f})", "150"))
     rows.append(("at rest: CPU, % of one core", f"{load:.2f}", "2"))
     model = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.machine())
     print("# Standalone cluster\n")
