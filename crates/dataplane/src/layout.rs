@@ -63,6 +63,24 @@ pub enum SetId {
 }
 
 impl SetId {
+    /// Whether the map leads from a drawn number to an endpoint.
+    pub fn is_slots(self) -> bool {
+        matches!(
+            self,
+            SetId::Slots
+                | SetId::SlotsOutside
+                | SetId::NodePortSlots
+                | SetId::NodePortSlotsOutside
+                | SetId::HostPortSlots
+                | SetId::AffinitySlots
+                | SetId::AffinitySlotsOutside
+                | SetId::NodePortAffinitySlots
+                | SetId::NodePortAffinitySlotsOutside
+        )
+    }
+}
+
+impl SetId {
     /// All of them, in the order of declaration.
     pub const ALL: [SetId; 26] = [
         SetId::Frontends,

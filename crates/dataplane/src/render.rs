@@ -113,6 +113,18 @@ struct Changes {
     add: Vec<Item>,
 }
 
+impl Changes {
+    /// Takes out the deletions of slots that get no new value.
+    fn take_surplus_slots(&mut self) -> Changes {
+        let kept: Held = self.add.iter().map(|(id, e)| ((*id, e.key.clone()), e.clone())).collect();
+        let replaced = |id: SetId, element: &Element| kept.contains_key(&(id, element.key.clone()));
+        let (delete, rest) =
+            std::mem::take(&mut self.delete).into_iter().partition(|(id, e)| id.is_slots() && !replaced(*id, e));
+        self.delete = rest;
+        Changes { delete, add: Vec::new() }
+    }
+}
+
 impl Renderer {
     /// A renderer that has given out nothing yet.
     pub fn new(family: IpFamily) -> Renderer {
@@ -302,7 +314,11 @@ impl Renderer {
             chains.extend(layout::unallocated_ops(map.service_ranges.get(&self.family).map_or(&[][..], Vec::as_slice)));
         }
 
+        // Slots that are not replaced go in commits of their own, after the others: a packet that has drawn its number just before
+        // a commit that shrinks a Service looks the number up just after it, and must still find an endpoint there.
+        let late: Vec<Changes> = batches.iter_mut().map(Changes::take_surplus_slots).collect();
         let mut packed = self.pack(batches);
+        packed.extend(self.pack(late));
         if !chains.is_empty() {
             match packed.first_mut() {
                 Some(first) => {
