@@ -30,6 +30,10 @@ use crate::util::{is_conflict, is_not_found};
 const WORKERS: usize = 20;
 /// Finalizer of foreground deletion.
 pub const FOREGROUND: &str = "foregroundDeletion";
+/// How long the watches of other kinds get to show dependents made just before their owner was deleted. Watches of different
+/// kinds are not ordered among each other, and a dependent that shows up after its owner is gone would be collected.
+const ORPHAN_SETTLE: Duration = Duration::from_millis(500);
+
 /// Finalizer of orphaning deletion.
 pub const ORPHAN: &str = "orphan";
 
@@ -599,6 +603,7 @@ impl Shared {
 
 async fn process(shared: Arc<Shared>, uid: String) -> anyhow::Result<Next> {
     let mut lookups = HashMap::new();
+    let mut settled = false;
     loop {
         let decision = shared.graph.lock().expect(POISONED).decide(&uid, &lookups);
         match decision {
@@ -635,6 +640,11 @@ async fn process(shared: Arc<Shared>, uid: String) -> anyhow::Result<Next> {
                 }
             }
             Decision::DropFinalizer(finalizer) => shared.drop_finalizer(&uid, finalizer).await?,
+            Decision::OrphanDependents(_) if !settled => {
+                tokio::time::sleep(ORPHAN_SETTLE).await;
+                settled = true;
+                continue;
+            }
             Decision::OrphanDependents(dependents) => {
                 let owner = BTreeSet::from([uid.clone()]);
                 for dependent in dependents {
