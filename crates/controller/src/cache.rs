@@ -121,6 +121,8 @@ struct State<K> {
     gone: HashSet<String>,
     /// Relists begun.
     epoch: u64,
+    /// The newest version that the server has told of, in a list or a watch event. Events of one kind come in order.
+    told: u64,
 }
 
 struct Inner<K> {
@@ -160,6 +162,7 @@ impl<K: Cached> Informer<K> {
                 namespaces: HashMap::new(),
                 gone: HashSet::new(),
                 epoch: 0,
+                told: 0,
             }),
             handlers: RwLock::new(Vec::new()),
             needed: AtomicBool::new(false),
@@ -270,10 +273,12 @@ impl<K: Cached> Informer<K> {
         let _order = self.0.order.lock().expect(POISONED);
         let old = {
             let mut state = self.0.state.write().expect(POISONED);
-            if let Some(uid) = &meta.uid {
+            let old = take(&mut state, &namespace, &name, meta.uid.as_deref());
+            // What is not here the watch has removed already, or has yet to bring and to remove.
+            if let (Some(_), Some(uid)) = (&old, &meta.uid) {
                 state.gone.insert(uid.clone());
             }
-            take(&mut state, &namespace, &name, meta.uid.as_deref())
+            old
         };
         if let Some(old) = old {
             self.notify(Some(&old), None);
@@ -297,10 +302,19 @@ impl<K: Cached> Informer<K> {
             if object.meta().uid.as_ref().is_some_and(|uid| state.gone.contains(uid)) {
                 return;
             }
+            if source == Source::Watch {
+                state.told = state.told.max(version);
+            }
             let epoch = state.epoch;
             let unconfirmed = (source == Source::Own).then_some(epoch);
+            // The answer to a write may come later than the watch event of the object's end.
+            let ended = source == Source::Own && version != 0 && version <= state.told;
             let entry = Entry { object: object.clone(), version, unconfirmed };
             let State { namespaces, index, .. } = &mut *state;
+            let known = namespaces.get(&namespace).and_then(|objects| objects.get(&name));
+            if ended && known.is_none_or(|known| known.object.meta().uid != object.meta().uid) {
+                return;
+            }
             let objects = namespaces.entry(namespace).or_default();
             match objects.get_mut(&name) {
                 Some(known) if version != 0 && version == known.version => {
@@ -349,6 +363,7 @@ impl<K: Cached> Informer<K> {
         let _order = self.0.order.lock().expect(POISONED);
         let old = {
             let mut state = self.0.state.write().expect(POISONED);
+            state.told = state.told.max(version(object));
             if let Some(uid) = &object.meta().uid {
                 state.gone.remove(uid);
             }
@@ -378,6 +393,8 @@ impl<K: Cached> Informer<K> {
         for object in missing {
             self.remove(&object);
         }
+        // A list may go back in time.
+        self.0.state.write().expect(POISONED).told = objects.iter().map(version).max().unwrap_or(0);
         for object in objects {
             self.enter(object, Source::List, true);
         }
@@ -568,6 +585,22 @@ mod tests {
         cache.remove(&map("a", "u", "7"));
         cache.enter(map("a", "v", "8"), Source::Watch, true);
         assert_eq!(seen(&cache), ["8"], "another object of the same name may come");
+    }
+
+    #[test]
+    fn a_late_answer_to_a_write_does_not_bring_back_what_has_gone_since() {
+        let cache = Informer::<ConfigMap>::new();
+        cache.enter(map("a", "u", "5"), Source::Watch, true);
+        cache.remove(&map("a", "u", "7"));
+        cache.wrote(map("a", "u", "6"));
+        assert!(seen(&cache).is_empty());
+        cache.enter(map("a", "v", "8"), Source::Watch, true);
+        cache.wrote(map("a", "u", "6"));
+        assert_eq!(seen(&cache), ["8"], "nor in the place of its successor");
+        cache.wrote(map("b", "w", "9"));
+        assert_eq!(seen(&cache), ["8", "9"], "what is newer than all events is new");
+        cache.deleted(&map("c", "x", "1"));
+        assert!(cache.0.state.read().unwrap().gone.is_empty(), "nothing is remembered for ever");
     }
 
     #[test]

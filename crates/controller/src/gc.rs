@@ -13,7 +13,7 @@ use futures::StreamExt;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::Api;
-use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions, PropagationPolicy};
+use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, Preconditions, PropagationPolicy};
 use kube::core::{ApiResource, PartialObjectMeta};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
@@ -30,9 +30,8 @@ use crate::util::{is_conflict, is_not_found};
 const WORKERS: usize = 20;
 /// Finalizer of foreground deletion.
 pub const FOREGROUND: &str = "foregroundDeletion";
-/// How long the watches of other kinds get to show dependents made just before their owner was deleted. Watches of different
-/// kinds are not ordered among each other, and a dependent that shows up after its owner is gone would be collected.
-const ORPHAN_SETTLE: Duration = Duration::from_millis(500);
+/// Objects in one answer when dependents are listed.
+const PAGE: u32 = 500;
 
 /// Finalizer of orphaning deletion.
 pub const ORPHAN: &str = "orphan";
@@ -110,7 +109,7 @@ pub enum Decision {
     /// Drop a finalizer: what it stands for is done.
     DropFinalizer(&'static str),
     /// Take the reference to it from these dependents, then drop the finalizer `orphan`.
-    OrphanDependents(Vec<String>),
+    OrphanDependents,
 }
 
 /// Who owns whom.
@@ -211,7 +210,7 @@ impl Graph {
         let Some(object) = self.objects.get(uid) else { return Decision::Keep };
         if object.deleting {
             if object.has(ORPHAN) {
-                return Decision::OrphanDependents(self.dependents_of(uid));
+                return Decision::OrphanDependents;
             }
             if object.has(FOREGROUND) {
                 let blocking: Vec<String> =
@@ -520,14 +519,52 @@ impl Shared {
         }
     }
 
+    /// Takes the owner off all that refer to it, by live lists: watches of different kinds are not ordered among each other, and
+    /// a dependent that shows up only after its owner is gone would be collected.
+    async fn orphan_dependents(&self, owner: &str) -> anyhow::Result<()> {
+        let Some((object, _)) = self.object(owner) else { return Ok(()) };
+        let kinds: Vec<(KindId, Kind)> =
+            self.watched.lock().expect(POISONED).iter().map(|(id, w)| (id.clone(), w.kind.clone())).collect();
+        let owners = BTreeSet::from([owner.to_string()]);
+        for (id, kind) in kinds {
+            if !kind.namespaced && !object.namespace.is_empty() {
+                continue;
+            }
+            let api: Api<DynamicObject> = match object.namespace.as_str() {
+                "" => Api::all_with(self.context.client.clone(), &kind.resource),
+                namespace => Api::namespaced_with(self.context.client.clone(), namespace, &kind.resource),
+            };
+            let mut params = ListParams::default().limit(PAGE);
+            loop {
+                let page = match api.list_metadata(&params).await {
+                    Ok(page) => page,
+                    Err(error) if is_not_found(&error) => break,
+                    Err(error) => return Err(error).with_context(|| format!("cannot list {id} to orphan dependents")),
+                };
+                for (uid, dependent) in page.items.into_iter().filter_map(|o| Object::of(id.clone(), o.metadata)) {
+                    self.take_off(&uid, &dependent, &kind, &owners).await?;
+                }
+                match page.metadata.continue_.filter(|token| !token.is_empty()) {
+                    Some(token) => params = params.continue_token(&token),
+                    None => break,
+                }
+            }
+        }
+        Ok(())
+    }
+
     async fn unreference(&self, uid: &str, owners: &BTreeSet<String>) -> anyhow::Result<()> {
         let Some((object, kind)) = self.object(uid) else { return Ok(()) };
+        self.take_off(uid, &object, &kind, owners).await
+    }
+
+    async fn take_off(&self, uid: &str, object: &Object, kind: &Kind, owners: &BTreeSet<String>) -> anyhow::Result<()> {
         let left: Vec<&OwnerReference> = object.owners.iter().filter(|r| !owners.contains(&r.uid)).collect();
         if left.len() == object.owners.len() {
             return Ok(());
         }
         let left = if left.is_empty() { json!(null) } else { json!(left) };
-        self.patch(uid, &object, &kind, json!({"metadata": {"ownerReferences": left}})).await
+        self.patch(uid, object, kind, json!({"metadata": {"ownerReferences": left}})).await
     }
 
     async fn drop_finalizer(&self, uid: &str, finalizer: &str) -> anyhow::Result<()> {
@@ -550,7 +587,14 @@ impl Shared {
                 tracing::debug!(kind = &*object.kind, namespace = object.namespace, name = object.name, "collected");
                 Ok(())
             }
-            Err(error) if is_not_found(&error) => Ok(()),
+            Err(error) if is_not_found(&error) => {
+                // Whatever the watch has yet to say: an object that is gone stays gone.
+                let visits = self.graph.lock().expect(POISONED).remove(uid);
+                for visit in visits {
+                    self.queue.add(visit);
+                }
+                Ok(())
+            }
             Err(error) if is_conflict(&error) => {
                 // It has changed; what is in the graph is old, or another object has its name.
                 let live = self.api(&kind, &object.namespace).get_metadata_opt(&object.name).await?;
@@ -603,7 +647,6 @@ impl Shared {
 
 async fn process(shared: Arc<Shared>, uid: String) -> anyhow::Result<Next> {
     let mut lookups = HashMap::new();
-    let mut settled = false;
     loop {
         let decision = shared.graph.lock().expect(POISONED).decide(&uid, &lookups);
         match decision {
@@ -640,16 +683,8 @@ async fn process(shared: Arc<Shared>, uid: String) -> anyhow::Result<Next> {
                 }
             }
             Decision::DropFinalizer(finalizer) => shared.drop_finalizer(&uid, finalizer).await?,
-            Decision::OrphanDependents(_) if !settled => {
-                tokio::time::sleep(ORPHAN_SETTLE).await;
-                settled = true;
-                continue;
-            }
-            Decision::OrphanDependents(dependents) => {
-                let owner = BTreeSet::from([uid.clone()]);
-                for dependent in dependents {
-                    shared.unreference(&dependent, &owner).await?;
-                }
+            Decision::OrphanDependents => {
+                shared.orphan_dependents(&uid).await?;
                 shared.drop_finalizer(&uid, ORPHAN).await?;
             }
         }
@@ -746,7 +781,7 @@ mod tests {
     fn orphaning_takes_the_reference_from_dependents() {
         let graph =
             graph(&[("o", object("ns", &[], &[ORPHAN], true)), ("d", object("ns", &[owner("o", false)], &[], false))]);
-        assert_eq!(graph.decide("o", &HashMap::new()), Decision::OrphanDependents(vec!["d".into()]));
+        assert_eq!(graph.decide("o", &HashMap::new()), Decision::OrphanDependents);
     }
 
     #[test]

@@ -230,7 +230,8 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
             tasks.spawn(async move {
                 loop {
                     // Registered before looking, so that no notification is missed.
-                    let notified = queue.0.notify.notified();
+                    let mut notified = std::pin::pin!(queue.0.notify.notified());
+                    notified.as_mut().enable();
                     let Some(key) = queue.next() else {
                         tokio::select! {
                             () = shutdown.cancelled() => return,
