@@ -224,7 +224,7 @@ impl Fields {
     }
 }
 
-/// The last time that is due and how many there were since `earliest`, counted up to [`MANY_MISSED`] and one more.
+/// The last time that is due and how many there were since `earliest`, counted up to a hundred and one more.
 pub fn due(schedule: &Schedule, zone: &TimeZone, earliest: Timestamp, now: Timestamp) -> Option<(Timestamp, usize)> {
     let mut last = schedule.next(earliest, zone).filter(|t| *t <= now)?;
     let mut count = 1;
