@@ -31,7 +31,7 @@ const STATUS: &str = "get patch update";
 const SCALE: (&str, &str, &str, &str) = ("scale", "autoscaling/v1", "Scale", STATUS);
 const PROXY: &str = "create delete get patch update";
 
-/// One line of the table; [`Entry::build`] expands it.
+/// One line of the table; each method changes one of its defaults.
 struct Entry {
     kind: Kind,
 }
