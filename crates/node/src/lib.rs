@@ -3,7 +3,7 @@
 //! A [`Kubelet`] watches the pods bound to its node, runs each as a group of containers of the `crun` program inside a
 //! network namespace that hangs on the node's, and writes back what it sees as pod status and events. Several kubelets live
 //! in one process; each is given its node's namespace and never touches another. What a pod needs next is decided by plain
-//! functions ([`lifecycle`], [`status`], [`env`], [`resolv`], [`oci`]); the rest of the crate carries it out.
+//! functions ([`lifecycle`], [`status`], [`mod@env`], [`resolv`], [`oci`]); the rest of the crate carries it out.
 //!
 //! It does not schedule, does not route between nodes, and does not re-adopt containers of a dead agent: see
 //! `docs/adr/0002-oci-runtime.md`.
