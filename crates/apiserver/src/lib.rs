@@ -14,7 +14,7 @@
 //! # What authenticated users may do
 //!
 //! Members of `system:masters`, and with them the cluster's own components, may do everything. Everybody else may do
-//! what the Roles and ClusterRoles bound to them allow ([`rbac`]); anonymous requests reach only `/healthz`, `/livez`,
+//! what the Roles and ClusterRoles bound to them allow (module `rbac`); anonymous requests reach only `/healthz`, `/livez`,
 //! `/readyz` and `/version`.
 
 mod admission;
