@@ -11,7 +11,6 @@ use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use portolan_dataplane::{Change, ServiceProxy};
@@ -241,8 +240,8 @@ fn measure(services: u32) {
     for i in 0..services {
         let (a, b) = (service(i), slice(i, 0));
         let start = Instant::now();
-        proxy.change(Change::Service(Arc::new(serde_json::from_slice(&a).unwrap())));
-        proxy.change(Change::Slice(Arc::new(serde_json::from_slice(&b).unwrap())));
+        proxy.change(Change::service(&serde_json::from_slice(&a).unwrap()));
+        proxy.change(Change::slice(&serde_json::from_slice(&b).unwrap()));
         decode += start.elapsed();
     }
     let start = Instant::now();
@@ -255,7 +254,7 @@ fn measure(services: u32) {
             let i = n.wrapping_mul(7919) % services;
             let bytes = slice(i, 11 + n % 2);
             let start = Instant::now();
-            proxy.change(Change::Slice(Arc::new(serde_json::from_slice(&bytes).unwrap())));
+            proxy.change(Change::slice(&serde_json::from_slice(&bytes).unwrap()));
             assert!(proxy.sync().is_ok());
             start.elapsed().as_secs_f64() * 1e3
         })

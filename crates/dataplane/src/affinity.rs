@@ -170,8 +170,8 @@ mod tests {
 
     fn id(name: &str) -> ServicePortId {
         ServicePortId {
-            service: ObjectKey::new("ns", name),
-            port_name: String::new(),
+            service: std::sync::Arc::new(ObjectKey::new("ns", name)),
+            port_name: "".into(),
             protocol: L4::Tcp,
             family: IpFamily::V4,
         }

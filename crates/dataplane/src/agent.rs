@@ -8,8 +8,7 @@ use std::time::Duration;
 use futures::TryStreamExt;
 use http::{Response, StatusCode};
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{Node, ObjectReference, Pod, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::core::v1::{Node, ObjectReference};
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::Api;
@@ -19,7 +18,9 @@ use portolan_client::{EventRecorder, EventType};
 use portolan_linux::{Netns, set_sysctl};
 use portolan_observe::{Observer, ReadyGate};
 use portolan_plan::finding::Severity;
-use portolan_plan::world::{HostPortPod, LocalDetection, NodeView, ObjectKey, parse_ip, parse_net};
+use portolan_plan::world::{
+    HEADLESS_LABEL, LocalDetection, NodeView, ObjectKey, SERVICE_NAME_LABEL, parse_ip, parse_net,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -27,9 +28,10 @@ use crate::addresses::{self, NodePortAddresses};
 use crate::applier::{self, Applied, Mailbox, Relist};
 use crate::health::{self, HealthServers, ProxyHealth};
 use crate::loopback::{self, Relays};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Told};
 use crate::monitor;
-use crate::proxy::ServiceProxy;
+use crate::proxy::{ServiceProxy, key_of};
+use crate::watched::{SliceChange, WatchedPod, WatchedService, WatchedSlice};
 
 /// How often the kernel's state is compared with ours even without a sign of interference.
 const FULL_SYNC_PERIOD: Duration = Duration::from_secs(3600);
@@ -153,7 +155,7 @@ async fn follow_cluster(
     let proxy = ServiceProxy::new(&config.netns, config.view(None, &[])).map_err(kernel)?;
     let own = proxy.port_id();
     set_sysctls(&config.netns);
-    let mailbox = Mailbox::default();
+    let mailbox = Mailbox::counted(metrics.clone());
     let recorder = EventRecorder::new(client.clone(), "kube-proxy", Some(node_name.clone()));
     let runtime = tokio::runtime::Handle::current();
     let mut health = HealthServers::new(config.netns.clone(), runtime.clone());
@@ -185,8 +187,9 @@ async fn follow_cluster(
             .spawn(move || {
                 let _done = done;
                 let mut was_ready = false;
+                let mut told = Told::default();
                 applier::run(proxy, &mailbox, |applied| {
-                    metrics.applied(&applied);
+                    metrics.applied(&applied, &mut told);
                     for family in &applied.report.families {
                         proxy_health.synced(family.family, family.error.is_none(), Timestamp::now());
                     }
@@ -214,7 +217,7 @@ async fn follow_cluster(
                         was_ready = true;
                         gate.ready();
                     }
-                    report(&applied, &recorder);
+                    report(&applied, &recorder, &node_name);
                 });
             })
             .map_err(|source| Error::Kernel { node: config.node_name.clone(), source })?
@@ -272,9 +275,13 @@ fn set_sysctls(netns: &Netns) {
     }
 }
 
-fn report(applied: &Applied<'_>, recorder: &EventRecorder) {
+fn report(applied: &Applied<'_>, recorder: &EventRecorder, node_name: &str) {
     if applied.healed {
-        warn!("someone else changed the table; it is put right");
+        let (message, table) =
+            ("somebody else changed the rules of Services; they are put right", crate::layout::TABLE);
+        warn!(node = node_name, table, message);
+        let message = format!("{message} (nftables table {table})");
+        recorder.event(&node_reference(node_name), EventType::Warning, "ServiceRulesChanged", message);
     }
     for finding in applied.proxy.findings_of(&applied.report.services).filter(|f| f.severity == Severity::Warning) {
         let origin = &finding.origin;
@@ -443,10 +450,6 @@ fn service_reference(key: &ObjectKey) -> ObjectReference {
     }
 }
 
-fn key_of<K: Resource>(object: &K) -> ObjectKey {
-    ObjectKey::new(object.meta().namespace.clone().unwrap_or_default(), object.meta().name.clone().unwrap_or_default())
-}
-
 /// Follows one kind for ever. `each` is given every change; `listed` is called after each complete list.
 async fn follow<K>(
     api: Api<K>,
@@ -493,10 +496,10 @@ async fn watch_services(client: kube::Client, mailbox: Mailbox) {
     // because a label may come and go.
     let config = watcher::Config::default().fields("spec.clusterIP!=None");
     let changes = mailbox.clone();
-    follow::<Service>(
+    follow::<WatchedService>(
         Api::all(client),
         config,
-        |key, service| changes.service(key, service.map(Arc::new)),
+        |key, service| changes.service(key, service.and_then(|s| s.parsed)),
         || mailbox.services_listed(),
         |_| {},
     )
@@ -504,12 +507,13 @@ async fn watch_services(client: kube::Client, mailbox: Mailbox) {
 }
 
 async fn watch_slices(client: kube::Client, mailbox: Mailbox) {
-    let config = watcher::Config::default().labels("!service.kubernetes.io/headless");
+    // A slice that loses one of these labels or gets the other is reported as deleted.
+    let config = watcher::Config::default().labels(&format!("{SERVICE_NAME_LABEL},!{HEADLESS_LABEL}"));
     let changes = mailbox.clone();
-    follow::<EndpointSlice>(
+    follow::<WatchedSlice>(
         Api::all(client),
         config,
-        |key, slice| changes.slice(key, slice.map(Arc::new)),
+        |key, slice| changes.slice(key, slice.map_or_else(SliceChange::default, |s| s.parsed)),
         || mailbox.slices_listed(),
         |_| {},
     )
@@ -546,13 +550,13 @@ async fn watch_pods(client: kube::Client, mailbox: Mailbox, node_name: String) {
     let changes = mailbox.clone();
     // Few pods have host ports; the others change all the time and are nobody's business here.
     let mut known = std::collections::BTreeSet::new();
-    follow::<Pod>(
+    follow::<WatchedPod>(
         Api::all(client),
         config,
-        |key, pod| match pod.filter(|p| HostPortPod::parse(p).is_some()) {
+        |key, pod| match pod.and_then(|p| p.parsed) {
             Some(pod) => {
                 known.insert(key.clone());
-                changes.pod(key, Some(Arc::new(pod)));
+                changes.pod(key, Some(pod));
             }
             None => {
                 if known.remove(&key) {

@@ -8,25 +8,23 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{Pod, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::jiff::Timestamp;
-use portolan_plan::world::{NodeView, ObjectKey};
+use portolan_plan::world::{HostPortPod, IpFamily, NodeView, ObjectKey, ServiceSpec};
 
+use crate::metrics::{Kind, Metrics};
 use crate::proxy::{Change, ServiceProxy, SyncReport};
+use crate::watched::SliceChange;
 
-/// Annotation with the time of the change that made an EndpointSlice as it is (KEP of network programming latency).
-const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// A failed sync is tried again after this, doubled up to the limit.
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Default)]
 struct Pending {
-    services: BTreeMap<ObjectKey, Option<Arc<Service>>>,
-    slices: BTreeMap<ObjectKey, Option<Arc<EndpointSlice>>>,
+    services: BTreeMap<ObjectKey, Option<Arc<ServiceSpec>>>,
+    slices: BTreeMap<ObjectKey, SliceChange>,
     service_cidrs: BTreeMap<String, Vec<IpNet>>,
-    pods: BTreeMap<ObjectKey, Option<Arc<Pod>>>,
+    pods: BTreeMap<ObjectKey, Option<Arc<HostPortPod>>>,
     node: Option<NodeView>,
     services_listed: bool,
     slices_listed: bool,
@@ -49,14 +47,39 @@ impl Pending {
 #[derive(Clone, Debug, Default)]
 pub struct Mailbox {
     shared: Arc<(Mutex<Pending>, Condvar)>,
+    metrics: Option<Metrics>,
+}
+
+/// The families that a Service concerns; both when it is gone.
+fn families_of_service(service: Option<&ServiceSpec>) -> Vec<IpFamily> {
+    match service {
+        Some(service) => service.cluster_ips.iter().map(IpFamily::of).collect(),
+        None => IpFamily::ALL.to_vec(),
+    }
+}
+
+/// The families that a slice concerns; both when it is gone.
+fn families_of_slice(change: &SliceChange) -> Vec<IpFamily> {
+    match &change.slice {
+        Some(slice) => slice.family.into_iter().collect(),
+        None => IpFamily::ALL.to_vec(),
+    }
 }
 
 impl Mailbox {
+    /// A mailbox that counts what waits in it.
+    pub fn counted(metrics: Metrics) -> Mailbox {
+        Mailbox { metrics: Some(metrics), ..Mailbox::default() }
+    }
+
     fn edit(&self, change: bool, edit: impl FnOnce(&mut Pending)) {
         let mut pending = self.lock();
         edit(&mut pending);
         if change {
             pending.queued.get_or_insert_with(Instant::now);
+            if let Some(metrics) = &self.metrics {
+                metrics.queued();
+            }
         }
         drop(pending);
         self.shared.1.notify_one();
@@ -66,18 +89,33 @@ impl Mailbox {
         self.shared.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// A Service as it is now; `None` when it is gone.
-    pub fn service(&self, key: ObjectKey, service: Option<Arc<Service>>) {
+    /// A Service as it is now; `None` when it is gone or not this proxy's.
+    pub fn service(&self, key: ObjectKey, service: Option<Arc<ServiceSpec>>) {
         self.edit(true, |p| {
-            p.services.insert(key, service);
+            self.waits(Kind::Service, &families_of_service(service.as_deref()), 1);
+            if let Some(old) = p.services.insert(key, service) {
+                self.waits(Kind::Service, &families_of_service(old.as_deref()), -1);
+            }
         });
     }
 
-    /// An EndpointSlice as it is now; `None` when it is gone.
-    pub fn slice(&self, key: ObjectKey, slice: Option<Arc<EndpointSlice>>) {
+    /// An EndpointSlice as it is now.
+    pub fn slice(&self, key: ObjectKey, mut slice: SliceChange) {
         self.edit(true, |p| {
+            self.waits(Kind::Slice, &families_of_slice(&slice), 1);
+            if let Some(old) = p.slices.get(&key) {
+                self.waits(Kind::Slice, &families_of_slice(old), -1);
+                // What has waited longest counts.
+                slice.triggered = old.triggered.or(slice.triggered);
+            }
             p.slices.insert(key, slice);
         });
+    }
+
+    fn waits(&self, kind: Kind, families: &[IpFamily], by: i64) {
+        if let Some(metrics) = &self.metrics {
+            metrics.waits(kind, families, by);
+        }
     }
 
     /// The ranges of a ServiceCIDR; none when it is gone.
@@ -108,7 +146,7 @@ impl Mailbox {
     }
 
     /// A pod of the node with host ports as it is now; `None` when it is gone.
-    pub fn pod(&self, key: ObjectKey, pod: Option<Arc<Pod>>) {
+    pub fn pod(&self, key: ObjectKey, pod: Option<Arc<HostPortPod>>) {
         self.edit(true, |p| {
             p.pods.insert(key, pod);
         });
@@ -156,7 +194,15 @@ impl Mailbox {
                     pods_listed: true,
                     ..Pending::default()
                 };
-                return Some(std::mem::replace(&mut *pending, fresh));
+                let taken = std::mem::replace(&mut *pending, fresh);
+                drop(pending);
+                for service in taken.services.values() {
+                    self.waits(Kind::Service, &families_of_service(service.as_deref()), -1);
+                }
+                for slice in taken.slices.values() {
+                    self.waits(Kind::Slice, &families_of_slice(slice), -1);
+                }
+                return Some(taken);
             }
             pending = match deadline.filter(|_| listed) {
                 Some(deadline) => {
@@ -176,12 +222,12 @@ pub struct Applied<'a> {
     pub proxy: &'a ServiceProxy,
     /// What the sync did.
     pub report: &'a SyncReport,
-    /// Objects that changed.
-    pub services: usize,
-    /// Slices that changed.
-    pub slices: usize,
+    /// Families of the Services that changed.
+    pub services: Vec<IpFamily>,
+    /// Families of the slices that changed.
+    pub slices: Vec<IpFamily>,
     /// From the changes of the world that the slices were made for to now; see `network_programming_duration_seconds`.
-    pub latencies: Vec<Duration>,
+    pub latencies: Vec<(IpFamily, Duration)>,
     /// Someone else changed the table, and it was put right.
     pub healed: bool,
 }
@@ -191,12 +237,13 @@ pub fn run(mut proxy: ServiceProxy, mailbox: &Mailbox, mut after: impl FnMut(App
     let mut retry: Option<(Instant, Duration)> = None;
     let mut first = true;
     while let Some(pending) = mailbox.take(retry.map(|(at, _)| at)) {
-        let services = pending.services.len();
-        let slices = pending.slices.len();
-        let triggers: Vec<Timestamp> = if first {
+        let services = pending.services.values().flat_map(|s| families_of_service(s.as_deref())).collect();
+        let slices = pending.slices.values().flat_map(families_of_slice).collect();
+        let triggers: Vec<(IpFamily, Timestamp)> = if first {
             Vec::new() // What happened before the start is not this proxy's latency.
         } else {
-            pending.slices.values().flatten().filter_map(|s| trigger_time(s)).collect()
+            let all = pending.slices.values();
+            all.filter_map(|s| Some((s.slice.as_ref()?.family?, s.triggered?))).collect()
         };
         if let Some(node) = pending.node {
             proxy.change(Change::Node(node));
@@ -205,13 +252,13 @@ pub fn run(mut proxy: ServiceProxy, mailbox: &Mailbox, mut after: impl FnMut(App
             proxy.change(Change::ServiceCidr(name, nets));
         }
         for (key, service) in pending.services {
-            proxy.change(service.map_or(Change::ServiceGone(key), Change::Service));
+            proxy.change(Change::Service(key, service));
         }
-        for (key, slice) in pending.slices {
-            proxy.change(slice.map_or(Change::SliceGone(key), Change::Slice));
+        for (key, change) in pending.slices {
+            proxy.change(Change::Slice(key, change.slice));
         }
         for (key, pod) in pending.pods {
-            proxy.change(pod.map_or(Change::PodGone(key), Change::Pod));
+            proxy.change(Change::Pod(key, pod));
         }
         let healed = pending.interfered && !first;
         if pending.resync || healed {
@@ -226,13 +273,10 @@ pub fn run(mut proxy: ServiceProxy, mailbox: &Mailbox, mut after: impl FnMut(App
             Some((Instant::now() + wait, wait))
         };
         let now = Timestamp::now();
-        let latencies = triggers.iter().filter_map(|t| now.duration_since(*t).try_into().ok()).collect();
+        let since = |(family, t): (IpFamily, Timestamp)| Some((family, now.duration_since(t).try_into().ok()?));
+        let latencies = triggers.into_iter().filter_map(since).collect();
         after(Applied { proxy: &proxy, report: &report, services, slices, latencies, healed });
     }
-}
-
-fn trigger_time(slice: &EndpointSlice) -> Option<Timestamp> {
-    slice.metadata.annotations.as_ref()?.get(TRIGGER_TIME)?.parse().ok()
 }
 
 /// Names of objects delivered since a watch began to list anew; what was known before and is not among them is gone.

@@ -255,9 +255,9 @@ pub enum Masquerade {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PickAffinity {
     /// Timeout in seconds.
-    pub timeout_seconds: u64,
+    pub timeout_seconds: u32,
     /// Endpoint numbers of a Service port differ in this many low bits.
-    pub bits: u32,
+    pub bits: u8,
     /// Whether only endpoints of this node may be remembered.
     pub local: bool,
 }
@@ -356,7 +356,7 @@ impl Pick {
                 // The Service port's own number: what its endpoints' numbers have in common.
                 let client =
                     vec![Field::SourceAddr, Field::Mark { mask: !((1u32 << affinity.bits) - 1) & !MASQUERADE }];
-                let timeout = Duration::from_secs(affinity.timeout_seconds);
+                let timeout = Duration::from_secs(affinity.timeout_seconds.into());
                 let services = match self.space {
                     Space::Address => SetId::AffinityServices,
                     Space::NodePort | Space::HostPort => SetId::NodePortAffinityServices,

@@ -18,8 +18,10 @@ mod metrics;
 pub mod monitor;
 pub mod proxy;
 pub mod render;
+mod watched;
 
 pub use addresses::NodePortAddresses;
 pub use agent::{AgentConfig, Error, run};
 pub use metrics::Metrics;
 pub use proxy::{Change, FamilyReport, ServiceProxy, SyncReport};
+pub use watched::SliceChange;

@@ -25,6 +25,15 @@ struct PolicyLabel {
     traffic_policy: &'static str,
 }
 
+/// What waits in the applier's mailbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Services.
+    Service,
+    /// EndpointSlices.
+    Slice,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct CodeLabel {
     code: u16,
@@ -44,8 +53,11 @@ pub struct Metrics {
     last_queued: Family<FamilyLabel, Seconds>,
     endpoint_changes: Family<FamilyLabel, Counter>,
     service_changes: Family<FamilyLabel, Counter>,
+    endpoints_pending: Family<FamilyLabel, Gauge>,
+    services_pending: Family<FamilyLabel, Gauge>,
     no_local: Family<PolicyLabel, Gauge>,
     sync_failures: Family<FamilyLabel, Counter>,
+    cleanup_failures: Family<FamilyLabel, Counter>,
     conntrack_duration: Histogram,
     conntrack_deleted: Counter,
     transactions: Family<FamilyLabel, Counter>,
@@ -82,8 +94,11 @@ impl Metrics {
             last_queued: Family::default(),
             endpoint_changes: Family::default(),
             service_changes: Family::default(),
+            endpoints_pending: Family::default(),
+            services_pending: Family::default(),
             no_local: Family::default(),
             sync_failures: Family::default(),
+            cleanup_failures: Family::default(),
             conntrack_duration: sync_histogram(),
             conntrack_deleted: Counter::default(),
             transactions: Family::default(),
@@ -121,7 +136,22 @@ impl Metrics {
             "Service ports whose Local policy leaves this node without an endpoint",
             m.no_local.clone(),
         );
+        r.register(
+            "kubeproxy_sync_proxy_rules_endpoint_changes_pending",
+            "EndpointSlice changes that wait for a sync",
+            m.endpoints_pending.clone(),
+        );
+        r.register(
+            "kubeproxy_sync_proxy_rules_service_changes_pending",
+            "Service changes that wait for a sync",
+            m.services_pending.clone(),
+        );
         r.register("kubeproxy_sync_proxy_rules_nftables_sync_failures", "Failed syncs", m.sync_failures.clone());
+        r.register(
+            "kubeproxy_sync_proxy_rules_nftables_cleanup_failures",
+            "Times that chains which are not used any more could not be removed at once",
+            m.cleanup_failures.clone(),
+        );
         r.register(
             "kubeproxy_conntrack_reconciler_sync_duration_seconds",
             "Time of a look at UDP flows",
@@ -142,8 +172,33 @@ impl Metrics {
             drop(m.programming.get_or_create(&label));
             drop(m.sync_partial.get_or_create(&label));
             drop(m.sync_failures.get_or_create(&label));
+            drop(m.cleanup_failures.get_or_create(&label));
+            for gauge in [&m.endpoints_pending, &m.services_pending] {
+                drop(gauge.get_or_create(&label));
+            }
+            for counter in [&m.endpoint_changes, &m.service_changes] {
+                drop(counter.get_or_create(&label));
+            }
         }
         m
+    }
+
+    /// Records that a change asks for a sync.
+    pub(crate) fn queued(&self) {
+        for family in IpFamily::ALL {
+            self.last_queued.get_or_create(&FamilyLabel { ip_family: family.as_str() }).set(now());
+        }
+    }
+
+    /// Records that more or fewer changes wait for a sync.
+    pub(crate) fn waits(&self, kind: Kind, families: &[IpFamily], by: i64) {
+        let gauge = match kind {
+            Kind::Service => &self.services_pending,
+            Kind::Slice => &self.endpoints_pending,
+        };
+        for family in families {
+            gauge.get_or_create(&FamilyLabel { ip_family: family.as_str() }).inc_by(by);
+        }
     }
 
     /// Records a look at UDP flows.
@@ -158,17 +213,22 @@ impl Metrics {
         family.get_or_create(&CodeLabel { code }).inc();
     }
 
-    /// Records a sync.
-    pub(crate) fn applied(&self, applied: &Applied<'_>) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs_f64()).unwrap_or_default();
-        for family in IpFamily::ALL {
-            let label = FamilyLabel { ip_family: family.as_str() };
-            self.endpoint_changes.get_or_create(&label).inc_by(applied.slices as u64);
-            self.service_changes.get_or_create(&label).inc_by(applied.services as u64);
+    /// Records a sync. `told` is what this agent has told so far, because several may count into one set of metrics.
+    pub(crate) fn applied(&self, applied: &Applied<'_>, told: &mut Told) {
+        for (families, counter) in
+            [(&applied.slices, &self.endpoint_changes), (&applied.services, &self.service_changes)]
+        {
+            for family in families {
+                counter.get_or_create(&FamilyLabel { ip_family: family.as_str() }).inc();
+            }
+        }
+        for (index, family) in IpFamily::ALL.into_iter().enumerate() {
             let (internal, external) = applied.proxy.without_local_endpoints(family);
-            for (traffic_policy, count) in [("internal", internal), ("external", external)] {
+            let counts = [("internal", internal as i64), ("external", external as i64)];
+            for ((traffic_policy, count), told) in counts.into_iter().zip(&mut told.without_local[index]) {
                 let label = PolicyLabel { ip_family: family.as_str(), traffic_policy };
-                self.no_local.get_or_create(&label).set(count as i64);
+                self.no_local.get_or_create(&label).inc_by(count - *told);
+                *told = count;
             }
         }
         for report in &applied.report.families {
@@ -176,12 +236,13 @@ impl Metrics {
             let took = report.took.as_secs_f64();
             self.sync.get_or_create(&label).observe(took);
             if report.full { &self.sync_full } else { &self.sync_partial }.get_or_create(&label).observe(took);
-            self.last_queued.get_or_create(&label).set(now);
             self.transactions.get_or_create(&label).inc_by(report.transactions as u64);
+            if report.cleanup_failed {
+                self.cleanup_failures.get_or_create(&label).inc();
+            }
             match report.error {
                 None => {
-                    self.last.get_or_create(&label).set(now);
-                    for latency in &applied.latencies {
+                    for (_, latency) in applied.latencies.iter().filter(|(f, _)| *f == report.family) {
                         self.programming.get_or_create(&label).observe(latency.as_secs_f64());
                     }
                 }
@@ -190,8 +251,22 @@ impl Metrics {
                 }
             }
         }
+        for family in IpFamily::ALL.into_iter().filter(|f| applied.proxy.in_step(*f)) {
+            self.last.get_or_create(&FamilyLabel { ip_family: family.as_str() }).set(now());
+        }
         if applied.healed {
             self.healed.inc();
         }
     }
+}
+
+/// What one agent has put into gauges that others count into as well.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Told {
+    /// By family: internal and external.
+    without_local: [[i64; 2]; 2],
+}
+
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs_f64()).unwrap_or_default()
 }

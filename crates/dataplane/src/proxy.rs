@@ -15,8 +15,10 @@ use portolan_linux::Netns;
 use portolan_nft::{Executor, NetlinkExecutor, Op, Transaction};
 use portolan_plan::delta::Delta;
 use portolan_plan::finding::Finding;
-use portolan_plan::service::{Backends, FrontendAddr, HealthCheck, Planner, ServiceMap, ServicePortId};
-use portolan_plan::world::{IpFamily, L4, NodeView, ObjectKey, TrafficPolicy, World};
+use portolan_plan::service::{Backends, FrontendAddr, HealthCheck, Planner, ServiceMap, ServicePortId, Work};
+use portolan_plan::world::{
+    HostPortPod, IpFamily, L4, NodeView, ObjectKey, ServiceSpec, Slice, SliceManifest, TrafficPolicy, World,
+};
 use tracing::{debug, info, warn};
 
 use crate::conntrack::{Conntrack, FlowCleaner, Look};
@@ -26,22 +28,52 @@ use crate::render::{Existing, Renderer};
 /// Something that changed in the cluster.
 #[derive(Clone, Debug)]
 pub enum Change {
-    /// A Service as it is now.
-    Service(Arc<Service>),
-    /// A Service is gone.
-    ServiceGone(ObjectKey),
-    /// An EndpointSlice as it is now.
-    Slice(Arc<EndpointSlice>),
-    /// An EndpointSlice is gone.
-    SliceGone(ObjectKey),
+    /// A Service as it is now; `None` when it is gone or not this proxy's.
+    Service(ObjectKey, Option<Arc<ServiceSpec>>),
+    /// An EndpointSlice as it is now; `None` when it is gone or ignored.
+    Slice(ObjectKey, Option<Arc<Slice>>),
     /// The ranges of a ServiceCIDR; none when it is gone.
     ServiceCidr(String, Vec<IpNet>),
-    /// A pod of the node as it is now.
-    Pod(Arc<Pod>),
-    /// A pod of the node is gone: its namespace and name.
-    PodGone(ObjectKey),
+    /// A pod of the node as it is now; `None` when it is gone or has no host ports.
+    Pod(ObjectKey, Option<Arc<HostPortPod>>),
     /// The node as it is now.
     Node(NodeView),
+}
+
+impl Change {
+    /// A Service as it is now.
+    pub fn service(service: &Service) -> Change {
+        Change::Service(key_of(service), ServiceSpec::parse(service).map(Arc::new))
+    }
+
+    /// A Service is gone.
+    pub fn service_gone(key: ObjectKey) -> Change {
+        Change::Service(key, None)
+    }
+
+    /// An EndpointSlice as it is now.
+    pub fn slice(slice: &EndpointSlice) -> Change {
+        Change::Slice(key_of(slice), Slice::parse(&SliceManifest::from(slice)).map(Arc::new))
+    }
+
+    /// An EndpointSlice is gone.
+    pub fn slice_gone(key: ObjectKey) -> Change {
+        Change::Slice(key, None)
+    }
+
+    /// A pod of the node as it is now.
+    pub fn pod(pod: &Pod) -> Change {
+        Change::Pod(key_of(pod), HostPortPod::parse(pod).map(Arc::new))
+    }
+
+    /// A pod of the node is gone.
+    pub fn pod_gone(key: ObjectKey) -> Change {
+        Change::Pod(key, None)
+    }
+}
+
+pub(crate) fn key_of<K: kube::Resource>(object: &K) -> ObjectKey {
+    ObjectKey::new(object.meta().namespace.clone().unwrap_or_default(), object.meta().name.clone().unwrap_or_default())
 }
 
 /// What a sync did.
@@ -68,6 +100,8 @@ pub struct FamilyReport {
     pub full: bool,
     /// Transactions committed.
     pub transactions: usize,
+    /// Whether chains that are not used any more could not be removed, which is tried again later.
+    pub cleanup_failed: bool,
     /// Why the family is not programmed as it should be.
     pub error: Option<portolan_nft::Error>,
 }
@@ -84,6 +118,8 @@ struct FamilyState {
     renderer: Renderer,
     /// The kernel holds what the renderer gave out; otherwise the next sync reads back and compares.
     in_step: bool,
+    /// Reading back and correcting was refused, so that the next sync replaces the table.
+    replace: bool,
 }
 
 /// The service proxy of one node.
@@ -134,7 +170,7 @@ impl ServiceProxy {
             dirty: BTreeSet::new(),
             families: IpFamily::ALL
                 .iter()
-                .map(|f| FamilyState { renderer: Renderer::new(*f), in_step: false })
+                .map(|f| FamilyState { renderer: Renderer::new(*f), in_step: false, replace: false })
                 .collect(),
             udp_pending: true,
             without_local: BTreeMap::new(),
@@ -150,23 +186,14 @@ impl ServiceProxy {
     /// Notes a change; [`ServiceProxy::sync`] puts it into force.
     pub fn change(&mut self, change: Change) {
         match change {
-            Change::Service(service) => {
-                let key = self.world.put_service(&service);
+            Change::Service(key, service) => {
+                self.world.set_service(&key, service);
                 self.dirty.insert(key);
             }
-            Change::ServiceGone(key) => {
-                self.world.delete_service(&key);
-                self.dirty.insert(key);
-            }
-            Change::Slice(slice) => self.dirty.extend(self.world.put_slice(&slice)),
-            Change::SliceGone(key) => self.dirty.extend(self.world.delete_slice(&key)),
+            Change::Slice(key, slice) => self.dirty.extend(self.world.set_slice(&key, slice)),
             Change::ServiceCidr(name, nets) => self.world.put_service_cidr(&name, nets),
-            Change::Pod(pod) => {
-                let key = self.world.put_pod(&pod);
-                self.dirty.insert(key);
-            }
-            Change::PodGone(key) => {
-                let key = self.world.delete_pod(&key.namespace, &key.name);
+            Change::Pod(key, pod) => {
+                let key = self.world.set_pod(&key, pod);
                 self.dirty.insert(key);
             }
             Change::Node(node) => self.node = Some(node),
@@ -205,16 +232,26 @@ impl ServiceProxy {
             let start = Instant::now();
             let full = !state.in_step || delta.node;
             let result = if full {
-                sync_full(self.executor.as_mut(), &mut state.renderer, family, self.planner.map(), self.planner.node())
+                sync_full(
+                    self.executor.as_mut(),
+                    &mut state.renderer,
+                    family,
+                    self.planner.map(),
+                    self.planner.node(),
+                    state.replace,
+                )
             } else {
                 sync_delta(self.executor.as_mut(), &mut state.renderer, self.planner.map(), self.planner.node(), &delta)
             };
             state.in_step = result.is_ok();
-            let (transactions, error) = match result {
-                Ok(count) => (count, None),
+            // What refuses to be corrected (a set of ours that somebody declared otherwise) is replaced as a whole.
+            state.replace =
+                full && matches!(result, Err(portolan_nft::Error::Refused { .. } | portolan_nft::Error::Text { .. }));
+            let (done, error) = match result {
+                Ok(done) => (done, None),
                 Err(error) => {
                     warn!(family = family.as_str(), %error, source = error_source(&error), "cannot program services");
-                    (0, Some(error))
+                    (Done::default(), Some(error))
                 }
             };
             if full && error.is_none() {
@@ -227,7 +264,14 @@ impl ServiceProxy {
                     "services programmed"
                 );
             }
-            report.families.push(FamilyReport { family, took: start.elapsed(), full, transactions, error });
+            report.families.push(FamilyReport {
+                family,
+                took: start.elapsed(),
+                full,
+                transactions: done.transactions,
+                cleanup_failed: done.cleanup_failed,
+                error,
+            });
         }
         if self.udp_pending
             && report.is_ok()
@@ -254,6 +298,11 @@ impl ServiceProxy {
     /// What is in force, or will be after the next sync.
     pub fn map(&self) -> &ServiceMap {
         self.planner.map()
+    }
+
+    /// How much was looked at since the start.
+    pub fn work(&self) -> Work {
+        self.planner.work()
     }
 
     /// The node that is programmed for.
@@ -302,7 +351,7 @@ impl ServiceProxy {
 
     fn see_flows(&mut self, delta: &Delta, node_told: bool) {
         let udp: BTreeSet<ObjectKey> =
-            delta.services.iter().filter(|id| id.protocol == L4::Udp).map(|id| id.service.clone()).collect();
+            delta.services.iter().filter(|id| id.protocol == L4::Udp).map(|id| ObjectKey::clone(&id.service)).collect();
         self.udp_pending |= !udp.is_empty() || delta.frontends.iter().any(|f| f.protocol == L4::Udp);
         let Some(flows) = &self.flows else { return };
         let frontends = self.planner.frontends_of(&udp);
@@ -345,31 +394,51 @@ fn error_source(error: &portolan_nft::Error) -> String {
     std::error::Error::source(error).map(ToString::to_string).unwrap_or_default()
 }
 
+#[derive(Clone, Copy, Debug, Default)]
+struct Done {
+    transactions: usize,
+    cleanup_failed: bool,
+}
+
 fn sync_full(
     executor: &mut dyn Executor,
     renderer: &mut Renderer,
     family: IpFamily,
     map: &ServiceMap,
     node: &NodeView,
-) -> Result<usize, portolan_nft::Error> {
+    replace: bool,
+) -> Result<Done, portolan_nft::Error> {
     let table = layout::table(family);
     let mut existing = Existing { chains: executor.chains(&table)?.into_iter().collect(), ..Existing::default() };
+    if replace {
+        existing.chains.remove(layout::MARKER);
+        existing.chains.insert(String::new()); // There is a table, whatever it holds.
+    }
     if existing.is_ours() {
         for id in SetId::ALL.iter().filter(|id| **id != SetId::Affinity) {
-            let elements = executor.elements(&table, renderer.sets().get(*id))?.unwrap_or_default();
-            existing.elements.extend(elements.into_iter().map(|e| ((*id, e.key.clone()), e)));
+            // A set of another shape cannot be read as ours; it is found out when it cannot be used.
+            match executor.elements(&table, renderer.sets().get(*id)) {
+                Ok(elements) => {
+                    let elements = elements.unwrap_or_default();
+                    existing.elements.extend(elements.into_iter().map(|e| ((*id, e.key.clone()), e)));
+                }
+                Err(portolan_nft::Error::Protocol { what }) => warn!(set = id.name(), what, "cannot be read back"),
+                Err(error) => return Err(error),
+            }
         }
     }
-    let full = renderer.full(map, node, existing);
-    for transaction in &full.transactions {
-        executor.commit(transaction)?;
-    }
-    if !full.unused.is_empty()
-        && let Err(error) = executor.commit(&full.unused)
+    let mut done = Done::default();
+    let unused = renderer.full(map, node, existing, &mut |transaction| {
+        done.transactions += 1;
+        executor.commit(&transaction)
+    })?;
+    if !unused.is_empty()
+        && let Err(error) = executor.commit(&unused)
     {
+        done.cleanup_failed = true;
         debug!(%error, "unused chains stay for now");
     }
-    Ok(full.transactions.len())
+    Ok(done)
 }
 
 fn sync_delta(
@@ -378,16 +447,20 @@ fn sync_delta(
     map: &ServiceMap,
     node: &NodeView,
     delta: &Delta,
-) -> Result<usize, portolan_nft::Error> {
+) -> Result<Done, portolan_nft::Error> {
     let transactions = renderer.update(map, node, delta);
+    let mut done = Done { transactions: transactions.len(), ..Done::default() };
     for transaction in &transactions {
         executor.commit(transaction)?;
     }
     if let Some(sweep) = renderer.sweep() {
         match executor.commit(&sweep) {
             Ok(()) => renderer.swept(),
-            Err(error) => debug!(%error, "unused chains stay for now"),
+            Err(error) => {
+                done.cleanup_failed = true;
+                debug!(%error, "unused chains stay for now");
+            }
         }
     }
-    Ok(transactions.len())
+    Ok(done)
 }

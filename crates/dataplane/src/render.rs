@@ -43,23 +43,14 @@ impl Existing {
     }
 }
 
-/// What leads to a whole map.
-#[derive(Clone, Debug)]
-pub struct Full {
-    /// To be committed in order.
-    pub transactions: Vec<Transaction>,
-    /// Deletes chains that are not used; may be refused without harm, see [`Renderer::sweep`].
-    pub unused: Transaction,
-}
-
 /// Renders one family.
 #[derive(Debug)]
 pub struct Renderer {
     family: IpFamily,
     table: Table,
     sets: Sets,
-    frontends: BTreeMap<Frontend, Rendered>,
-    frontends_of: BTreeMap<ServicePortId, BTreeSet<Frontend>>,
+    frontends: BTreeMap<Frontend, Box<Rendered>>,
+    frontends_of: BTreeMap<ServicePortId, Vec<Frontend>>,
     shared: BTreeMap<ServicePortId, Shared>,
     hairpin: BTreeMap<IpAddr, usize>,
     numbers: Numbers,
@@ -93,16 +84,17 @@ enum Step {
 /// Endpoints by slot number, with their affinity numbers when there is affinity.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Slots {
-    backends: Vec<Backend>,
-    marks: Vec<u32>,
+    /// Shared with the compiled Service as long as the order is the same.
+    backends: Arc<[Backend]>,
+    marks: Box<[u32]>,
 }
 
 /// What the frontends of a Service port share.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Shared {
     hairpin_addrs: Arc<[IpAddr]>,
-    live: Vec<(Backend, u32)>,
-    live_local: Vec<(Backend, u32)>,
+    live: Box<[(Backend, u32)]>,
+    live_local: Box<[(Backend, u32)]>,
 }
 
 type Item = (SetId, Element);
@@ -151,98 +143,96 @@ impl Renderer {
         &self.sets
     }
 
-    /// Transactions that lead from `existing` to `map`, whatever was given out before. Traffic that both treat alike is not
-    /// touched on the way: elements that are right stay, each frontend changes at once, and what is left over goes last. A
-    /// table of another layout is replaced in a single transaction.
-    pub fn full(&mut self, map: &ServiceMap, node: &NodeView, existing: Existing) -> Full {
+    /// Emits transactions that lead from `existing` to `map`, whatever was given out before. Traffic that both treat alike is
+    /// not touched on the way: elements that are right stay, each frontend changes at once, and what is left over goes last. A
+    /// table of another layout is replaced in a single transaction. Answers a last transaction that deletes chains which are
+    /// not used; it may be refused without harm, see [`Renderer::sweep`].
+    ///
+    /// Transactions are made one by one, because all of them together would be many times the size of what they describe.
+    ///
+    /// # Errors
+    /// The first one of `emit`. What was given out is then unknown, and only another call of this method leads on.
+    pub fn full<E>(
+        &mut self,
+        map: &ServiceMap,
+        node: &NodeView,
+        existing: Existing,
+        emit: &mut dyn FnMut(Transaction) -> Result<(), E>,
+    ) -> Result<Transaction, E> {
         *self = Renderer::new(self.family);
+        let family = self.family;
         let keep = existing.is_ours();
+        let replace = !keep && !existing.chains.is_empty();
         let mut left = if keep { existing.elements } else { HashMap::new() };
         if keep {
             self.adopt_numbers(map, &left);
         }
-
-        let mut first = Vec::new();
-        if !keep && !existing.chains.is_empty() {
-            first.push(Op::DeleteTable);
+        for (id, service) in map.services.iter().filter(|(id, _)| id.family == family) {
+            self.share(id, Some(service));
         }
-        first.extend(layout::fixed_ops(node, self.family, &self.sets));
-        let mut batches: Vec<Changes> = Vec::new();
-        let against = |new: Vec<Item>, left: &mut Held| {
-            let mut changes = Changes::default();
-            for (id, element) in new {
-                match left.remove(&(id, element.key.clone())) {
-                    Some(held) if held == element => {}
-                    Some(_) => {
-                        changes.delete.push((id, element.clone()));
-                        changes.add.push((id, element));
-                    }
-                    None => changes.add.push((id, element)),
-                }
-            }
-            changes
-        };
-
-        let ids: Vec<ServicePortId> = map.services.keys().filter(|id| id.family == self.family).cloned().collect();
-        for id in ids {
-            let service = map.services.get(&id);
-            self.share(&id, service);
-            batches.push(against(self.shared_items(&id), &mut left));
-        }
-        let family = self.family;
         for (frontend, target) in map.frontends.iter().filter(|(f, _)| f.family() == family && !f.is_loopback()) {
             let Some(service) = map.services.get(&target.service) else { continue };
             let before = slots_in(frontend, &left);
-            let rendered = self.render(frontend, target.kind, &target.service, service, node, before.as_ref());
-            batches.push(against(items(frontend, &rendered), &mut left));
+            let before = before.as_ref().map(|(inside, outside)| (&inside[..], &outside[..]));
+            let rendered = self.render(frontend, target.kind, &target.service, service, node, before);
             self.place(*frontend, Some(rendered));
         }
-        let mut rest: Vec<Item> = self.hairpin.keys().map(|ip| (SetId::Hairpin, pair(*ip))).collect();
-        rest.extend(
-            map.node_port_addresses
-                .iter()
-                .filter(|ip| IpFamily::of(ip) == self.family)
-                .map(|ip| (SetId::NodePortAddresses, single(*ip))),
-        );
-        rest.extend(
-            map.cluster_ips
-                .keys()
-                .filter(|ip| IpFamily::of(ip) == self.family)
-                .map(|ip| (SetId::ClusterIps, single(*ip))),
-        );
-        batches.push(against(rest, &mut left));
-        // The memory of clients is the kernel's own; everything else that is left has no place in the new map.
-        let leftovers: Vec<Item> = left
-            .into_iter()
-            .filter(|((id, _), _)| *id != SetId::Affinity)
-            .map(|((id, _), element)| (id, element))
-            .collect();
 
         let picks: Vec<Pick> = self.uses.keys().copied().collect();
-        first.extend(picks.iter().flat_map(|p| p.ops(node, self.family)));
-        // Silence for unused addresses comes after the Services in a new table, and stays as it is in a kept one.
-        let last = layout::unallocated_ops(map.service_ranges.get(&self.family).map_or(&[][..], Vec::as_slice));
-        let wanted: BTreeSet<String> = picks
-            .iter()
-            .map(|p| p.chain().to_string())
-            .chain(layout::FIXED_CHAINS.iter().map(|c| (*c).to_owned()))
-            .collect();
-        let unwanted: Vec<String> =
-            if keep { existing.chains.iter().filter(|c| !wanted.contains(*c)).cloned().collect() } else { Vec::new() };
-
-        let mut transactions = vec![self.transaction(first)];
-        transactions.extend(self.pack(batches));
-        transactions.push(self.transaction(last));
-        transactions.extend(self.pack(
-            leftovers.chunks(ELEMENTS_PER_COMMIT).map(|c| Changes { delete: c.to_vec(), add: Vec::new() }).collect(),
-        ));
-        if !keep && !existing.chains.is_empty() {
-            let ops = transactions.into_iter().flat_map(|t| t.ops).collect();
-            transactions = vec![self.transaction(ops)];
+        let mut first = Vec::new();
+        if replace {
+            // Adding it first makes it no error if it is gone meanwhile.
+            first.extend([Op::AddTable, Op::DeleteTable]);
         }
-        transactions.retain(|t| !t.is_empty());
-        let unused = self.transaction(delete_chains(unwanted.iter().map(|c| Arc::from(c.as_str()))));
-        Full { transactions, unused }
+        first.extend(layout::fixed_ops(node, family, &self.sets));
+        first.extend(picks.iter().flat_map(|p| p.ops(node, family)));
+        // Silence for unused addresses comes after the Services in a new table, and stays as it is in a kept one.
+        let last = layout::unallocated_ops(map.service_ranges.get(&family).map_or(&[][..], Vec::as_slice));
+
+        let mut together = Vec::new();
+        let mut send = |transaction: Transaction| {
+            if replace {
+                together.extend(transaction.ops);
+                Ok(())
+            } else {
+                emit(transaction)
+            }
+        };
+        send(self.transaction(first))?;
+        let mut packer = Packer::new(self);
+        let mut rest: Vec<Item> = self.hairpin.keys().map(|ip| (SetId::Hairpin, pair(*ip))).collect();
+        let of_family = |ip: &&IpAddr| IpFamily::of(ip) == family;
+        rest.extend(map.node_port_addresses.iter().filter(of_family).map(|ip| (SetId::NodePortAddresses, single(*ip))));
+        rest.extend(map.cluster_ips.keys().filter(of_family).map(|ip| (SetId::ClusterIps, single(*ip))));
+        let shared = self.shared.keys().map(|id| self.shared_items(id));
+        let frontends = self.frontends.iter().map(|(frontend, rendered)| items(frontend, rendered));
+        let rest = rest.into_iter().map(|item| vec![item]);
+        for items in shared.chain(frontends).chain(rest) {
+            if let Some(transaction) = packer.push(against(items, &mut left)) {
+                send(transaction)?;
+            }
+        }
+        if let Some(transaction) = packer.flush() {
+            send(transaction)?;
+        }
+        send(self.transaction(last))?;
+        // The memory of clients is the kernel's own; everything else that is left has no place in the new map.
+        for ((id, _), element) in left.into_iter().filter(|((id, _), _)| *id != SetId::Affinity) {
+            if let Some(transaction) = packer.push(Changes { delete: vec![(id, element)], add: Vec::new() }) {
+                send(transaction)?;
+            }
+        }
+        if let Some(transaction) = packer.flush() {
+            send(transaction)?;
+        }
+        if replace {
+            emit(self.transaction(together))?;
+        }
+
+        let wanted: BTreeSet<Arc<str>> =
+            picks.iter().map(Pick::chain).chain(layout::FIXED_CHAINS.iter().map(|c| Arc::from(*c))).collect();
+        let unwanted = existing.chains.iter().map(|c| Arc::from(c.as_str())).filter(|c| keep && !wanted.contains(c));
+        Ok(self.transaction(delete_chains(unwanted)))
     }
 
     /// Transactions that lead from what was given out to `map`, of which `delta` says what is different.
@@ -286,17 +276,17 @@ impl Renderer {
         batches.push(ips);
 
         for frontend in redo {
-            let old = self.frontends.get(&frontend).cloned();
+            let old = self.frontends.get(&frontend);
             let target = map.frontends.get(&frontend).filter(|_| !frontend.is_loopback());
             let service = target.and_then(|t| map.services.get(&t.service));
             let new = match (target, service) {
                 (Some(target), Some(service)) => {
-                    let before = old.as_ref().map(|o| (o.inside.backends.clone(), o.outside.backends.clone()));
-                    Some(self.render(&frontend, target.kind, &target.service, service, node, before.as_ref()))
+                    let before = old.map(|o| (&o.inside.backends[..], &o.outside.backends[..]));
+                    Some(self.render(&frontend, target.kind, &target.service, service, node, before))
                 }
                 _ => None,
             };
-            if old == new {
+            if old.map(|o| &**o) == new.as_ref() {
                 continue;
             }
             for pick in new.iter().flat_map(Rendered::picks) {
@@ -305,7 +295,7 @@ impl Renderer {
                 }
             }
             batches.push(difference(
-                old.as_ref().map(|o| items(&frontend, o)).unwrap_or_default(),
+                old.map(|o| items(&frontend, o)).unwrap_or_default(),
                 new.as_ref().map(|n| items(&frontend, n)).unwrap_or_default(),
             ));
             self.place(frontend, new);
@@ -358,37 +348,9 @@ impl Renderer {
 
     /// Groups changes into transactions without splitting one.
     fn pack(&self, batches: Vec<Changes>) -> Vec<Transaction> {
-        let mut transactions = Vec::new();
-        let mut delete: BTreeMap<SetId, Vec<Element>> = BTreeMap::new();
-        let mut add: BTreeMap<SetId, Vec<Element>> = BTreeMap::new();
-        let mut count = 0;
-        let mut flush = |delete: &mut BTreeMap<SetId, Vec<Element>>, add: &mut BTreeMap<SetId, Vec<Element>>| {
-            let mut ops = Vec::new();
-            for (id, elements) in std::mem::take(delete) {
-                ops.push(Op::DeleteElements { set: self.sets.get(id).clone(), elements });
-            }
-            for (id, elements) in std::mem::take(add) {
-                ops.push(Op::AddElements { set: self.sets.get(id).clone(), elements });
-            }
-            if !ops.is_empty() {
-                transactions.push(self.transaction(ops));
-            }
-        };
-        for changes in batches {
-            let size = changes.delete.len() + changes.add.len();
-            if count > 0 && count + size > ELEMENTS_PER_COMMIT {
-                flush(&mut delete, &mut add);
-                count = 0;
-            }
-            count += size;
-            for (id, element) in changes.delete {
-                delete.entry(id).or_default().push(element);
-            }
-            for (id, element) in changes.add {
-                add.entry(id).or_default().push(element);
-            }
-        }
-        flush(&mut delete, &mut add);
+        let mut packer = Packer::new(self);
+        let mut transactions: Vec<Transaction> = batches.into_iter().filter_map(|c| packer.push(c)).collect();
+        transactions.extend(packer.flush());
         transactions
     }
 
@@ -400,7 +362,7 @@ impl Renderer {
                 }
             }
             if let Some(of) = self.frontends_of.get_mut(&old.service) {
-                of.remove(&frontend);
+                of.retain(|f| *f != frontend);
                 if of.is_empty() {
                     self.frontends_of.remove(&old.service);
                 }
@@ -410,8 +372,9 @@ impl Renderer {
             for pick in new.picks() {
                 *self.uses.entry(pick).or_default() += 1;
             }
-            self.frontends_of.entry(new.service.clone()).or_default().insert(frontend);
-            self.frontends.insert(frontend, new);
+            let of = self.frontends_of.entry(new.service.clone()).or_insert_with(|| Vec::with_capacity(1));
+            of.push(frontend);
+            self.frontends.insert(frontend, Box::new(new));
         }
     }
 
@@ -471,7 +434,7 @@ impl Renderer {
         id: &ServicePortId,
         service: &CompiledService,
         node: &NodeView,
-        before: Option<&(Vec<Backend>, Vec<Backend>)>,
+        before: Option<(&[Backend], &[Backend])>,
     ) -> Rendered {
         let space = match frontend.addr {
             FrontendAddr::Address(_) => Space::Address,
@@ -482,8 +445,7 @@ impl Renderer {
             Affinity::None => None,
             Affinity::ClientIp { timeout } => self.numbers.get(id).map(|b| (b, timeout.as_secs().max(1))),
         };
-        let nothing = Vec::new();
-        let (before_inside, before_outside) = before.map_or((&nothing, &nothing), |(i, o)| (i, o));
+        let (before_inside, before_outside) = before.unwrap_or_default();
         let step =
             |backends: &Backends, side: Side, masquerade: Masquerade, local: bool, previous: &[Backend]| match backends
             {
@@ -494,13 +456,16 @@ impl Renderer {
                     let marks = match block {
                         // Every usable endpoint has a number: they were assigned from the same sets.
                         Some((block, _)) => backends.iter().filter_map(|b| block.mark(b)).collect(),
-                        None => Vec::new(),
+                        None => Box::default(),
                     };
-                    let affinity = block
-                        .filter(|_| marks.len() == backends.len())
-                        .map(|(block, timeout_seconds)| PickAffinity { timeout_seconds, bits: block.bits(), local });
+                    let affinity =
+                        block.filter(|_| marks.len() == backends.len()).map(|(block, timeout)| PickAffinity {
+                            timeout_seconds: u32::try_from(timeout).unwrap_or(u32::MAX),
+                            bits: block.bits() as u8, // at most 14
+                            local,
+                        });
                     let pick = Pick { space, side, masquerade, n: backends.len() as u32, affinity };
-                    let marks = if affinity.is_some() { marks } else { Vec::new() };
+                    let marks = if affinity.is_some() { marks } else { Box::default() };
                     (Step::Pick(pick), Slots { backends, marks })
                 }
             };
@@ -545,6 +510,17 @@ impl Renderer {
 
     /// Takes over the affinity numbers of a table found at start.
     fn adopt_numbers(&mut self, map: &ServiceMap, existing: &Held) {
+        // Endpoints by protocol and number, so that each Service finds its own without looking at all.
+        let mut live: BTreeMap<(u8, u32), Backend> = BTreeMap::new();
+        for ((_, key), element) in
+            existing.iter().filter(|((id, _), _)| matches!(id, SetId::AffinityLive | SetId::AffinityLiveLocal))
+        {
+            if let ([Value::Proto(proto), Value::Mark(mark)], Some(Data::Values(values))) = (&key[..], &element.data)
+                && let Some(backend) = backend_of(values)
+            {
+                live.insert((*proto, *mark), backend);
+            }
+        }
         for (frontend, target) in map.frontends.iter().filter(|(f, _)| f.family() == self.family) {
             if self.numbers.get(&target.service).is_some() {
                 continue;
@@ -565,19 +541,10 @@ impl Renderer {
                 _ => None,
             });
             let Some((seconds, bits)) = bits else { continue };
-            let mask = !((1u32 << bits) - 1) & !layout::MASQUERADE;
-            let endpoints: Vec<(Backend, u32)> = existing
-                .iter()
-                .filter(|((id, _), _)| matches!(id, SetId::AffinityLive | SetId::AffinityLiveLocal))
-                .filter_map(|((_, key), element)| match (&key[..], &element.data) {
-                    ([Value::Proto(proto), Value::Mark(mark)], Some(Data::Values(values)))
-                        if *proto == frontend.protocol.number() && mark & mask == service_mark =>
-                    {
-                        Some((backend_of(values)?, *mark))
-                    }
-                    _ => None,
-                })
-                .collect();
+            // The numbers of a block differ in their low bits, so they are neighbours, whatever the bits in between are for.
+            let proto = frontend.protocol.number();
+            let block = (proto, service_mark)..=(proto, service_mark | ((1u32 << bits) - 1));
+            let endpoints: Vec<(Backend, u32)> = live.range(block).map(|((_, mark), b)| (*b, *mark)).collect();
             if seconds == timeout.as_secs().max(1) {
                 self.numbers.adopt(&target.service, seconds, bits, service_mark, &endpoints);
             }
@@ -628,7 +595,10 @@ fn local_set(service: &CompiledService) -> &[Backend] {
 }
 
 /// Keeps endpoints in their slots where possible: holes are filled with new endpoints, then from the end.
-fn arrange(previous: &[Backend], now: &[Backend]) -> Vec<Backend> {
+fn arrange(previous: &[Backend], now: &Arc<[Backend]>) -> Arc<[Backend]> {
+    if previous.is_empty() || *previous == **now {
+        return now.clone();
+    }
     let wanted: BTreeSet<&Backend> = now.iter().collect();
     let known: BTreeSet<&Backend> = previous.iter().collect();
     let mut slots: Vec<Option<Backend>> = previous.iter().map(|b| wanted.contains(b).then_some(*b)).collect();
@@ -646,6 +616,73 @@ fn arrange(previous: &[Backend], now: &[Backend]) -> Vec<Backend> {
         }
     }
     slots.into_iter().flatten().collect()
+}
+
+/// Collects changes into transactions of bounded size.
+struct Packer {
+    table: Table,
+    sets: Sets,
+    delete: BTreeMap<SetId, Vec<Element>>,
+    add: BTreeMap<SetId, Vec<Element>>,
+    count: usize,
+}
+
+impl Packer {
+    fn new(renderer: &Renderer) -> Packer {
+        Packer {
+            table: renderer.table.clone(),
+            sets: renderer.sets.clone(),
+            delete: BTreeMap::new(),
+            add: BTreeMap::new(),
+            count: 0,
+        }
+    }
+
+    /// Takes changes that belong together; answers a transaction of those before them when it is full.
+    fn push(&mut self, changes: Changes) -> Option<Transaction> {
+        let size = changes.delete.len() + changes.add.len();
+        let full = if self.count > 0 && self.count + size > ELEMENTS_PER_COMMIT { self.flush() } else { None };
+        self.count += size;
+        for (id, element) in changes.delete {
+            self.delete.entry(id).or_default().push(element);
+        }
+        for (id, element) in changes.add {
+            self.add.entry(id).or_default().push(element);
+        }
+        full
+    }
+
+    fn flush(&mut self) -> Option<Transaction> {
+        self.count = 0;
+        let mut ops = Vec::new();
+        for (id, elements) in std::mem::take(&mut self.delete) {
+            ops.push(Op::DeleteElements { set: self.sets.get(id).clone(), elements });
+        }
+        for (id, elements) in std::mem::take(&mut self.add) {
+            ops.push(Op::AddElements { set: self.sets.get(id).clone(), elements });
+        }
+        (!ops.is_empty()).then(|| Transaction { table: self.table.clone(), ops })
+    }
+}
+
+/// What leads from what is left of a table to some elements, which are then no longer left.
+fn against(new: Vec<Item>, left: &mut Held) -> Changes {
+    let mut changes = Changes::default();
+    if left.is_empty() {
+        changes.add = new;
+        return changes;
+    }
+    for (id, element) in new {
+        match left.remove(&(id, element.key.clone())) {
+            Some(held) if held == element => {}
+            Some(_) => {
+                changes.delete.push((id, element.clone()));
+                changes.add.push((id, element));
+            }
+            None => changes.add.push((id, element)),
+        }
+    }
+    changes
 }
 
 fn key(frontend: &Frontend) -> Vec<Value> {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::world::{Conditions, NodeView};
+use crate::world::{Conditions, Hints, NodeView};
 
 /// An endpoint of one Service port, duplicates merged.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,10 +23,18 @@ pub struct Endpoint {
     pub local: bool,
     /// Whether its node is unknown.
     pub unplaced: bool,
-    /// Zone hints.
-    pub for_zones: Vec<Arc<str>>,
-    /// Node hints.
-    pub for_nodes: Vec<Arc<str>>,
+    /// Topology hints.
+    pub hints: Option<Arc<Hints>>,
+}
+
+impl Endpoint {
+    fn for_zones(&self) -> &[Arc<str>] {
+        self.hints.as_ref().map_or(&[], |h| &h.for_zones)
+    }
+
+    fn for_nodes(&self) -> &[Arc<str>] {
+        self.hints.as_ref().map_or(&[], |h| &h.for_nodes)
+    }
 }
 
 /// Address and port that a flow is translated to.
@@ -87,10 +95,10 @@ pub fn select(endpoints: &[Endpoint], node: &NodeView) -> Selection {
 
     let mut cluster = match topology(endpoints, node) {
         Topology::Node => {
-            backends(&mut endpoints.iter().filter(ready).filter(|e| e.for_nodes.iter().any(|n| **n == *node.name)))
+            backends(&mut endpoints.iter().filter(ready).filter(|e| e.for_nodes().iter().any(|n| **n == *node.name)))
         }
         Topology::Zone(zone) => {
-            backends(&mut endpoints.iter().filter(ready).filter(|e| e.for_zones.iter().any(|z| **z == *zone)))
+            backends(&mut endpoints.iter().filter(ready).filter(|e| e.for_zones().iter().any(|z| **z == *zone)))
         }
         Topology::All => backends(&mut endpoints.iter().filter(ready)),
     };
@@ -122,12 +130,12 @@ enum Topology<'a> {
 /// the controller has not finished, and then nobody is left out.
 fn topology<'a>(endpoints: &[Endpoint], node: &'a NodeView) -> Topology<'a> {
     let ready = || endpoints.iter().filter(|e| e.conditions.ready);
-    if ready().all(|e| !e.for_nodes.is_empty()) && ready().any(|e| e.for_nodes.iter().any(|n| **n == *node.name)) {
+    if ready().all(|e| !e.for_nodes().is_empty()) && ready().any(|e| e.for_nodes().iter().any(|n| **n == *node.name)) {
         return Topology::Node;
     }
     if let Some(zone) = node.zone.as_deref()
-        && ready().all(|e| !e.for_zones.is_empty())
-        && ready().any(|e| e.for_zones.iter().any(|z| **z == *zone))
+        && ready().all(|e| !e.for_zones().is_empty())
+        && ready().any(|e| e.for_zones().iter().any(|z| **z == *zone))
     {
         return Topology::Zone(zone);
     }
@@ -154,17 +162,18 @@ mod tests {
             conditions,
             local: last % 2 == 1,
             unplaced: false,
-            for_zones: Vec::new(),
-            for_nodes: Vec::new(),
+            hints: None,
         }
     }
 
     fn zoned(last: u8, conditions: Conditions, zones: &[&str]) -> Endpoint {
-        Endpoint { for_zones: zones.iter().map(|z| Arc::from(*z)).collect(), ..endpoint(last, conditions) }
+        noded(last, conditions, &[], zones)
     }
 
     fn noded(last: u8, conditions: Conditions, nodes: &[&str], zones: &[&str]) -> Endpoint {
-        Endpoint { for_nodes: nodes.iter().map(|z| Arc::from(*z)).collect(), ..zoned(last, conditions, zones) }
+        let list = |names: &[&str]| names.iter().map(|n| Arc::from(*n)).collect();
+        let hints = Hints { for_zones: list(zones), for_nodes: list(nodes) };
+        Endpoint { hints: Some(Arc::new(hints)), ..endpoint(last, conditions) }
     }
 
     fn lasts(backends: &[Backend]) -> Vec<u8> {

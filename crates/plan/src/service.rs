@@ -42,9 +42,9 @@ pub struct ServiceMap {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ServicePortId {
     /// The Service.
-    pub service: ObjectKey,
+    pub service: Arc<ObjectKey>,
     /// Name of the port; empty for the single unnamed one.
-    pub port_name: String,
+    pub port_name: Arc<str>,
     /// Protocol.
     pub protocol: L4,
     /// Family.
@@ -137,8 +137,10 @@ pub struct FrontendTarget {
 /// A Service port as one node serves it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CompiledService {
-    /// The Service and its port.
-    pub origin: Origin,
+    /// The Service; for a host port the pod's port.
+    pub origin: Arc<Origin>,
+    /// Position in `spec.ports`.
+    pub port_index: u16,
     /// Session affinity.
     pub affinity: Affinity,
     /// For the cluster IP (`internalTrafficPolicy`, topology applied).
@@ -171,9 +173,9 @@ pub enum Backends {
 }
 
 impl Backends {
-    fn of(set: Vec<Backend>, has_any: bool) -> Backends {
+    fn of(set: &Arc<[Backend]>, has_any: bool) -> Backends {
         if !set.is_empty() {
-            Backends::Usable(set.into())
+            Backends::Usable(set.clone())
         } else if has_any {
             Backends::Drop
         } else {
@@ -211,6 +213,15 @@ pub enum SourceClass {
 }
 
 impl CompiledService {
+    /// The object's field that it was compiled from.
+    pub fn port_origin(&self) -> Origin {
+        let mut origin = Origin::clone(&self.origin);
+        if origin.field.is_empty() {
+            origin.field = format!("spec.ports[{}]", self.port_index);
+        }
+        origin
+    }
+
     /// The backends for one frontend kind and source class, and whether the client's address is replaced.
     ///
     /// This is the matrix of services.md 3.3. Hairpin traffic is masqueraded in any case. `pods_known` is whether pods of
@@ -252,9 +263,19 @@ pub struct Planner {
     node: NodeView,
     map: ServiceMap,
     /// Who wants a frontend, oldest claim first; the first has it.
-    claims: BTreeMap<Frontend, BTreeSet<Claim>>,
+    claims: BTreeMap<Frontend, Vec<Claim>>,
     /// What each Service put into the map, to take it out again.
-    placed: BTreeMap<ObjectKey, Placed>,
+    placed: BTreeMap<Arc<ObjectKey>, Placed>,
+    work: Work,
+}
+
+/// What a planner has looked at since it was made; a measure of work that does not depend on the machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Services and pods that were compiled, or found to be gone.
+    pub objects: u64,
+    /// Endpoints that were examined.
+    pub endpoints: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -265,10 +286,10 @@ struct Claim {
 
 #[derive(Clone, Debug, Default)]
 struct Placed {
-    ports: Vec<ServicePortId>,
-    claims: Vec<(Frontend, Claim)>,
-    cluster_ips: Vec<IpAddr>,
-    findings: Vec<Finding>,
+    ports: Box<[ServicePortId]>,
+    claims: Box<[(Frontend, Claim)]>,
+    cluster_ips: Box<[IpAddr]>,
+    findings: Box<[Finding]>,
 }
 
 impl Planner {
@@ -280,12 +301,17 @@ impl Planner {
             service_ranges: IpFamily::ALL.iter().map(|f| (*f, Vec::new())).collect(),
             ..ServiceMap::default()
         };
-        Planner { node, map, claims: BTreeMap::new(), placed: BTreeMap::new() }
+        Planner { node, map, claims: BTreeMap::new(), placed: BTreeMap::new(), work: Work::default() }
     }
 
     /// The map as of the last update.
     pub fn map(&self) -> &ServiceMap {
         &self.map
+    }
+
+    /// How much was looked at since the start.
+    pub fn work(&self) -> Work {
+        self.work
     }
 
     /// The node that is planned for.
@@ -325,7 +351,7 @@ impl Planner {
         self.map.node_port_addresses = node.node_port_addresses.iter().copied().collect();
         self.node = node;
         let mut keys = world.service_keys();
-        keys.extend(self.placed.keys().cloned());
+        keys.extend(self.placed.keys().map(|k| ObjectKey::clone(k)));
         for key in &keys {
             self.replace(world, key, &mut delta);
         }
@@ -348,10 +374,10 @@ impl Planner {
     /// The findings about one Service.
     pub fn findings_of(&self, key: &ObjectKey) -> Vec<Finding> {
         let Some(placed) = self.placed.get(key) else { return Vec::new() };
-        let mut all = placed.findings.clone();
+        let mut all = placed.findings.to_vec();
         for (frontend, claim) in &placed.claims {
-            let winner = self.claims.get(frontend).and_then(BTreeSet::first);
-            if let Some(winner) = winner.filter(|w| w.target.service.service != *key) {
+            let winner = self.claims.get(frontend).and_then(|c| c.first());
+            if let Some(winner) = winner.filter(|w| *w.target.service.service != *key) {
                 all.push(self.conflict(frontend, claim, winner));
             }
         }
@@ -377,18 +403,23 @@ impl Planner {
     }
 
     fn origin_of(&self, id: &ServicePortId) -> Origin {
-        self.map.services.get(id).map(|s| s.origin.clone()).unwrap_or_default()
+        self.map.services.get(id).map(|s| s.port_origin()).unwrap_or_default()
     }
 
     fn replace(&mut self, world: &World, key: &ObjectKey, delta: &mut Delta) {
+        self.work.objects += 1;
         let fresh = match (world.service(key), world.pod(key)) {
-            (Some(spec), _) => Some(compile_service(world, &self.node, key, spec)),
-            (None, Some(pod)) => Some(compile_pod(key, pod)),
+            (Some((key, spec)), _) => {
+                let compiled = compile_service(world, &self.node, key, spec);
+                self.work.endpoints += compiled.examined;
+                Some((key.clone(), compiled))
+            }
+            (None, Some((key, pod))) => Some((key.clone(), compile_pod(key, pod))),
             (None, None) => None,
         };
         let old = self.placed.remove(key).unwrap_or_default();
-        let (placed, services, health) = match fresh {
-            Some(c) => (c.placed, c.services, c.health),
+        let (shared_key, placed, services, health) = match fresh {
+            Some((key, c)) => (Some(key), c.placed, c.services, c.health),
             None => Default::default(),
         };
 
@@ -406,7 +437,7 @@ impl Planner {
 
         for (frontend, claim) in old.claims.iter().filter(|c| !placed.claims.contains(c)) {
             if let Some(claims) = self.claims.get_mut(frontend) {
-                claims.remove(claim);
+                claims.retain(|known| known != claim);
                 if claims.is_empty() {
                     self.claims.remove(frontend);
                 }
@@ -414,7 +445,10 @@ impl Planner {
             self.settle(*frontend, delta);
         }
         for (frontend, claim) in placed.claims.iter().filter(|c| !old.claims.contains(c)) {
-            self.claims.entry(*frontend).or_default().insert(claim.clone());
+            let claims = self.claims.entry(*frontend).or_insert_with(|| Vec::with_capacity(1));
+            if let Err(at) = claims.binary_search(claim) {
+                claims.insert(at, claim.clone());
+            }
             self.settle(*frontend, delta);
         }
 
@@ -441,13 +475,15 @@ impl Planner {
                 None => self.map.health_checks.remove(key),
             };
         }
-        if !placed.ports.is_empty() || !placed.findings.is_empty() || !placed.cluster_ips.is_empty() {
-            self.placed.insert(key.clone(), placed);
+        if let Some(key) = shared_key
+            && (!placed.ports.is_empty() || !placed.findings.is_empty() || !placed.cluster_ips.is_empty())
+        {
+            self.placed.insert(key, placed);
         }
     }
 
     fn settle(&mut self, frontend: Frontend, delta: &mut Delta) {
-        let winner = self.claims.get(&frontend).and_then(BTreeSet::first).map(|c| &c.target);
+        let winner = self.claims.get(&frontend).and_then(|c| c.first()).map(|c| &c.target);
         if self.map.frontends.get(&frontend) == winner {
             return;
         }
@@ -463,13 +499,15 @@ struct Compiled {
     placed: Placed,
     services: Vec<(ServicePortId, CompiledService)>,
     health: Option<HealthCheck>,
+    /// How many endpoints were looked at.
+    examined: u64,
 }
 
-fn compile_service(world: &World, node: &NodeView, key: &ObjectKey, spec: &ServiceSpec) -> Compiled {
-    let mut placed =
-        Placed { cluster_ips: spec.cluster_ips.clone(), findings: spec.findings.clone(), ..Placed::default() };
-    placed.findings.extend(world.slices_of(key).flat_map(|s| s.findings.iter().cloned()));
+fn compile_service(world: &World, node: &NodeView, key: &Arc<ObjectKey>, spec: &ServiceSpec) -> Compiled {
+    let findings = spec.findings.iter().chain(world.slices_of(key).flat_map(|s| &s.findings)).cloned().collect();
+    let mut claims: Vec<(Frontend, Claim)> = Vec::new();
     let mut services = Vec::new();
+    let mut examined = 0;
     let mut local_ready: BTreeSet<IpAddr> = BTreeSet::new();
     for cluster_ip in &spec.cluster_ips {
         let family = IpFamily::of(cluster_ip);
@@ -483,21 +521,28 @@ fn compile_service(world: &World, node: &NodeView, key: &ObjectKey, spec: &Servi
                 continue; // The API forbids two ports of one name; the first counts.
             }
             let endpoints = endpoints_of(world, node, key, port, family);
+            examined += endpoints.len() as u64;
             let selection = endpoint::select(&endpoints, node);
             local_ready.extend(&selection.local_ready);
-            let short_circuit = Backends::of(selection.cluster.clone(), selection.has_any);
+            // Most Services use all their endpoints in the same way: the same list serves for all of it.
+            let cluster: Arc<[Backend]> = selection.cluster.into();
+            let share = |list: Vec<Backend>| if *list == *cluster { cluster.clone() } else { list.into() };
+            let (local, serving) = (share(selection.local), share(selection.serving));
+            let short_circuit = Backends::of(&cluster, selection.has_any);
             let by_policy = |policy: TrafficPolicy| match policy {
                 TrafficPolicy::Cluster => short_circuit.clone(),
-                TrafficPolicy::Local => Backends::of(selection.local.clone(), selection.has_any),
+                TrafficPolicy::Local => Backends::of(&local, selection.has_any),
             };
-            let usable: BTreeSet<Backend> = selection.cluster.iter().chain(&selection.local).copied().collect();
+            // Both lists are sorted as the endpoints are.
+            let usable = |b: &Backend| cluster.binary_search(b).is_ok() || local.binary_search(b).is_ok();
             let hairpin_addrs: BTreeSet<IpAddr> = endpoints
                 .iter()
-                .filter(|e| (e.local || e.unplaced) && usable.contains(&e.backend))
+                .filter(|e| (e.local || e.unplaced) && usable(&e.backend))
                 .map(|e| e.backend.addr)
                 .collect();
             let compiled = CompiledService {
-                origin: Origin { field: format!("spec.ports[{index}]"), ..spec.origin.clone() },
+                origin: spec.origin.clone(),
+                port_index: u16::try_from(index).unwrap_or(u16::MAX),
                 affinity: spec.affinity,
                 internal: by_policy(spec.internal_policy),
                 external: by_policy(spec.external_policy),
@@ -505,12 +550,12 @@ fn compile_service(world: &World, node: &NodeView, key: &ObjectKey, spec: &Servi
                 internal_policy: spec.internal_policy,
                 external_policy: spec.external_policy,
                 source_ranges: restricted.then(|| source_ranges(&ranges, spec, node, family)),
-                serving: selection.serving.into(),
+                serving,
                 hairpin_addrs: hairpin_addrs.into_iter().collect(),
             };
 
             let mut claim = |addr: FrontendAddr, number: NonZeroU16, kind: FrontendKind| {
-                placed.claims.push((
+                claims.push((
                     Frontend { addr, protocol: port.protocol, port: number },
                     Claim { created: spec.created, target: FrontendTarget { service: id.clone(), kind } },
                 ));
@@ -525,17 +570,22 @@ fn compile_service(world: &World, node: &NodeView, key: &ObjectKey, spec: &Servi
             if let Some(number) = port.node_port {
                 claim(FrontendAddr::NodePort(family), number, FrontendKind::NodePort);
             }
-            placed.ports.push(id.clone());
             services.push((id, compiled));
         }
     }
+    let placed = Placed {
+        ports: services.iter().map(|(id, _)| id.clone()).collect(),
+        claims: claims.into(),
+        cluster_ips: spec.cluster_ips.clone(),
+        findings,
+    };
     let health = spec.health_check.map(|port| HealthCheck { port, local_endpoints: local_ready.len() });
-    Compiled { placed, services, health }
+    Compiled { placed, services, health, examined }
 }
 
 /// A pod's host ports are Services with the pod as their only endpoint.
-fn compile_pod(key: &ObjectKey, pod: &HostPortPod) -> Compiled {
-    let mut placed = Placed { findings: pod.findings.clone(), ..Placed::default() };
+fn compile_pod(key: &Arc<ObjectKey>, pod: &HostPortPod) -> Compiled {
+    let mut claims: Vec<(Frontend, Claim)> = Vec::new();
     let mut services: Vec<(ServicePortId, CompiledService)> = Vec::new();
     for port in &pod.ports {
         for addr in pod.addresses.iter().filter(|a| port.host_ip.is_none_or(|h| IpFamily::of(&h) == IpFamily::of(a))) {
@@ -544,14 +594,16 @@ fn compile_pod(key: &ObjectKey, pod: &HostPortPod) -> Compiled {
                 Some(ip) => std::net::SocketAddr::new(ip, port.host_port.get()).to_string(),
                 None => port.host_port.to_string(),
             };
-            let id = ServicePortId { service: key.clone(), port_name, protocol: port.protocol, family };
+            let id =
+                ServicePortId { service: key.clone(), port_name: port_name.into(), protocol: port.protocol, family };
             if services.iter().any(|(known, _)| known == &id) {
                 continue; // Two containers of one pod want the same port: the first has it.
             }
             let backend: Arc<[Backend]> = Arc::new([Backend { addr: *addr, port: port.container_port }]);
             let only = Backends::Usable(backend.clone());
             let compiled = CompiledService {
-                origin: Origin { field: format!("{}.hostPort", port.field), ..pod.origin.clone() },
+                origin: Arc::new(Origin { field: format!("{}.hostPort", port.field), ..pod.origin.clone() }),
+                port_index: 0,
                 affinity: Affinity::None,
                 internal: only.clone(),
                 external: only.clone(),
@@ -562,7 +614,7 @@ fn compile_pod(key: &ObjectKey, pod: &HostPortPod) -> Compiled {
                 serving: backend,
                 hairpin_addrs: Arc::new([*addr]),
             };
-            placed.claims.push((
+            claims.push((
                 Frontend {
                     addr: port.host_ip.map_or(FrontendAddr::HostPort(family), FrontendAddr::Address),
                     protocol: port.protocol,
@@ -573,11 +625,16 @@ fn compile_pod(key: &ObjectKey, pod: &HostPortPod) -> Compiled {
                     target: FrontendTarget { service: id.clone(), kind: FrontendKind::HostPort },
                 },
             ));
-            placed.ports.push(id.clone());
             services.push((id, compiled));
         }
     }
-    Compiled { placed, services, health: None }
+    let placed = Placed {
+        ports: services.iter().map(|(id, _)| id.clone()).collect(),
+        claims: claims.into(),
+        cluster_ips: [].into(),
+        findings: pod.findings.clone().into(),
+    };
+    Compiled { placed, services, health: None, examined: 0 }
 }
 
 /// A node that reaches a VIP through itself uses the VIP as source, so the VIP is allowed when the node is (services.md 3.7).
@@ -597,7 +654,7 @@ fn endpoints_of(
     port: &ServicePort,
     family: IpFamily,
 ) -> Vec<Endpoint> {
-    let listed = world.slices_of(key).filter(|s| s.family == family).flat_map(|slice| {
+    let listed = world.slices_of(key).filter(|s| s.family == Some(family)).flat_map(|slice| {
         slice
             .ports
             .iter()
@@ -608,8 +665,7 @@ fn endpoints_of(
                 conditions: e.conditions,
                 local: e.node.as_deref() == Some(&*node.name),
                 unplaced: e.node.is_none(),
-                for_zones: e.for_zones.clone(),
-                for_nodes: e.for_nodes.clone(),
+                hints: e.hints.clone(),
             })
     });
     endpoint::merge_duplicates(listed)

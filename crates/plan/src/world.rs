@@ -3,7 +3,7 @@
 //! Objects are parsed here, once, when a watch delivers them: addresses, ports and policies become types, and what cannot be
 //! used becomes a [`Finding`] that stays with the object. A test fills a [`World`] by hand or from YAML; nothing here does I/O.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Serialize};
 
 use crate::finding::{Finding, Severity};
@@ -158,19 +159,19 @@ pub enum Affinity {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceSpec {
     /// The Service.
-    pub origin: Origin,
+    pub origin: Arc<Origin>,
     /// Creation time in seconds since the epoch; the older Service wins a contested address.
     pub created: i64,
     /// Cluster IPs, at most one per family.
-    pub cluster_ips: Vec<IpAddr>,
+    pub cluster_ips: Box<[IpAddr]>,
     /// External IPs.
-    pub external_ips: Vec<IpAddr>,
+    pub external_ips: Box<[IpAddr]>,
     /// Load-balancer addresses that nodes answer themselves (`ipMode: VIP`).
-    pub vips: Vec<IpAddr>,
+    pub vips: Box<[IpAddr]>,
     /// `loadBalancerSourceRanges`, parsed; empty means unrestricted.
-    pub source_ranges: Vec<IpNet>,
+    pub source_ranges: Box<[IpNet]>,
     /// Ports.
-    pub ports: Vec<ServicePort>,
+    pub ports: Box<[ServicePort]>,
     /// Session affinity.
     pub affinity: Affinity,
     /// For ClusterIPs.
@@ -180,14 +181,14 @@ pub struct ServiceSpec {
     /// Port of the per-Service health check, when the Service has one (LoadBalancer with `Local`).
     pub health_check: Option<NonZeroU16>,
     /// Parts that have no effect.
-    pub findings: Vec<Finding>,
+    pub findings: Box<[Finding]>,
 }
 
 /// One port of a Service.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ServicePort {
     /// Name; empty for the single unnamed port.
-    pub name: String,
+    pub name: Arc<str>,
     /// Protocol.
     pub protocol: L4,
     /// Port on the cluster IP, external IPs and load-balancer addresses.
@@ -200,22 +201,22 @@ pub struct ServicePort {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Slice {
     /// The Service named by the label.
-    pub service: ObjectKey,
-    /// Family of the addresses.
-    pub family: IpFamily,
+    pub service: Arc<ObjectKey>,
+    /// Family of the addresses; `None` for a slice whose addresses no proxy can use, which then has no endpoints.
+    pub family: Option<IpFamily>,
     /// Ports with a number.
-    pub ports: Vec<SlicePort>,
+    pub ports: Box<[SlicePort]>,
     /// Endpoints, one per address.
-    pub endpoints: Vec<SliceEndpoint>,
+    pub endpoints: Box<[SliceEndpoint]>,
     /// Parts that have no effect.
-    pub findings: Vec<Finding>,
+    pub findings: Box<[Finding]>,
 }
 
 /// A port of an EndpointSlice.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SlicePort {
     /// Name, joined with the Service port's name.
-    pub name: String,
+    pub name: Arc<str>,
     /// Protocol.
     pub protocol: L4,
     /// Where the endpoint listens.
@@ -231,10 +232,17 @@ pub struct SliceEndpoint {
     pub conditions: Conditions,
     /// Node that the endpoint runs on.
     pub node: Option<Arc<str>>,
+    /// Who should use it; `None` without a hint.
+    pub hints: Option<Arc<Hints>>,
+}
+
+/// Who should use an endpoint (KEP-2433, KEP-3015).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Hints {
     /// Zones that should use it; empty without a hint.
-    pub for_zones: Vec<Arc<str>>,
+    pub for_zones: Box<[Arc<str>]>,
     /// Nodes that should use it; empty without a hint.
-    pub for_nodes: Vec<Arc<str>>,
+    pub for_nodes: Box<[Arc<str>]>,
 }
 
 /// A pod of this node that has ports on the node.
@@ -310,13 +318,63 @@ pub struct NodeView {
 }
 
 /// One consistent view of the objects that decide about Services.
+///
+/// It is what an agent keeps of a cluster, so it is kept small: parsed values, strings once.
 #[derive(Clone, Debug, Default)]
 pub struct World {
-    services: BTreeMap<ObjectKey, Arc<ServiceSpec>>,
-    slices: BTreeMap<ObjectKey, Arc<Slice>>,
-    slices_of: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
+    services: BTreeMap<Arc<ObjectKey>, Arc<ServiceSpec>>,
+    /// The Service that each slice belongs to.
+    service_of: BTreeMap<Arc<ObjectKey>, Arc<ObjectKey>>,
+    /// The slices of each Service, in the order of their names.
+    slices_of: BTreeMap<Arc<ObjectKey>, Vec<(Arc<ObjectKey>, Arc<Slice>)>>,
     service_cidrs: BTreeMap<String, Vec<IpNet>>,
-    pods: BTreeMap<ObjectKey, Arc<HostPortPod>>,
+    pods: BTreeMap<Arc<ObjectKey>, Arc<HostPortPod>>,
+    /// Slices of no Service, with what there is to say about them.
+    strays: BTreeMap<ObjectKey, Finding>,
+    names: Names,
+}
+
+/// Strings and hints that many endpoints have in common: names of nodes, zones, ports.
+#[derive(Clone, Debug, Default)]
+struct Names {
+    texts: HashSet<Arc<str>>,
+    hints: HashSet<Arc<Hints>>,
+    /// Those that nothing uses any more are dropped at this size.
+    sweep_at: usize,
+}
+
+impl Names {
+    fn share(&mut self, slice: &mut Slice) {
+        for port in &mut slice.ports {
+            self.text(&mut port.name);
+        }
+        for endpoint in &mut slice.endpoints {
+            if let Some(node) = &mut endpoint.node {
+                self.text(node);
+            }
+            let Some(hints) = &mut endpoint.hints else { continue };
+            match self.hints.get(hints) {
+                Some(known) => *hints = known.clone(),
+                None => {
+                    self.hints.insert(hints.clone());
+                }
+            }
+        }
+        if self.texts.len() + self.hints.len() > self.sweep_at {
+            self.texts.retain(|t| Arc::strong_count(t) > 1);
+            self.hints.retain(|h| Arc::strong_count(h) > 1);
+            self.sweep_at = (2 * (self.texts.len() + self.hints.len())).max(1024);
+        }
+    }
+
+    fn text(&mut self, text: &mut Arc<str>) {
+        match self.texts.get(text) {
+            Some(known) => *text = known.clone(),
+            None => {
+                self.texts.insert(text.clone());
+            }
+        }
+    }
 }
 
 impl World {
@@ -324,61 +382,99 @@ impl World {
     ///
     /// A Service that is not this proxy's (headless, ExternalName, another proxy's label, no address) is forgotten.
     pub fn put_service(&mut self, service: &Service) -> ObjectKey {
-        let key = ObjectKey::new(
-            service.metadata.namespace.clone().unwrap_or_default(),
-            service.metadata.name.clone().unwrap_or_default(),
-        );
-        match ServiceSpec::parse(service) {
-            Some(spec) => self.services.insert(key.clone(), Arc::new(spec)),
-            None => self.services.remove(&key),
-        };
+        let key = key_of(&service.metadata);
+        self.set_service(&key, ServiceSpec::parse(service).map(Arc::new));
         key
+    }
+
+    /// Stores what a Service is now; `None` when it is gone or not this proxy's.
+    pub fn set_service(&mut self, key: &ObjectKey, service: Option<Arc<ServiceSpec>>) {
+        match (self.services.get_mut(key), service) {
+            (Some(known), Some(service)) => *known = service,
+            (None, Some(service)) => {
+                let key = self.slices_of.get_key_value(key).map_or_else(|| Arc::new(key.clone()), |(k, _)| k.clone());
+                self.services.insert(key, service);
+            }
+            (Some(_), None) => {
+                self.services.remove(key);
+            }
+            (None, None) => {}
+        }
     }
 
     /// Forgets a Service.
     pub fn delete_service(&mut self, key: &ObjectKey) {
-        self.services.remove(key);
+        self.set_service(key, None);
     }
 
     /// Stores an EndpointSlice as it is now and returns the Services whose compilation may change: the one it names, and
     /// the one that it named before when the label moved.
     pub fn put_slice(&mut self, slice: &EndpointSlice) -> Vec<ObjectKey> {
-        let key = ObjectKey::new(
-            slice.metadata.namespace.clone().unwrap_or_default(),
-            slice.metadata.name.clone().unwrap_or_default(),
-        );
-        let mut dirty = self.delete_slice(&key);
-        if let Some(parsed) = Slice::parse(slice) {
-            if !dirty.contains(&parsed.service) {
-                dirty.push(parsed.service.clone());
+        let manifest = SliceManifest::from(slice);
+        let key = ObjectKey::new(&*manifest.metadata.namespace, &*manifest.metadata.name);
+        let dirty = self.set_slice(&key, Slice::parse(&manifest).map(Arc::new));
+        if let Some(finding) = Slice::stray(&manifest) {
+            self.strays.insert(key, finding);
+        }
+        dirty
+    }
+
+    /// Stores what an EndpointSlice is now, `None` when it is gone or ignored, and returns the Services whose compilation may
+    /// change.
+    pub fn set_slice(&mut self, key: &ObjectKey, slice: Option<Arc<Slice>>) -> Vec<ObjectKey> {
+        let mut dirty = Vec::new();
+        self.strays.remove(key);
+        let mut shared_key = None;
+        if let Some((slice_key, old)) = self.service_of.remove_entry(key) {
+            if let Some(of) = self.slices_of.get_mut(&old) {
+                of.retain(|(k, _)| **k != *key);
+                if of.is_empty() {
+                    self.slices_of.remove(&old);
+                }
             }
-            self.slices_of.entry(parsed.service.clone()).or_default().insert(key.clone());
-            self.slices.insert(key, Arc::new(parsed));
+            dirty.push(ObjectKey::clone(&old));
+            shared_key = Some(slice_key);
+        }
+        if let Some(mut slice) = slice {
+            if let Some(slice) = Arc::get_mut(&mut slice) {
+                self.names.share(slice);
+                // The Service's own key, when there is one already.
+                let known = self.services.get_key_value(&slice.service).map(|(k, _)| k);
+                let known = known.or_else(|| self.slices_of.get_key_value(&slice.service).map(|(k, _)| k));
+                if let Some(known) = known {
+                    slice.service = known.clone();
+                }
+            }
+            let service = slice.service.clone();
+            if !dirty.contains(&service) {
+                dirty.push(ObjectKey::clone(&service));
+            }
+            let slice_key = shared_key.unwrap_or_else(|| Arc::new(key.clone()));
+            let of = self.slices_of.entry(service.clone()).or_insert_with(|| Vec::with_capacity(1));
+            let at = of.partition_point(|(k, _)| *k < slice_key);
+            of.insert(at, (slice_key.clone(), slice));
+            self.service_of.insert(slice_key, service);
         }
         dirty
     }
 
     /// Forgets an EndpointSlice and returns the Service whose compilation may change.
     pub fn delete_slice(&mut self, key: &ObjectKey) -> Vec<ObjectKey> {
-        let Some(old) = self.slices.remove(key) else { return Vec::new() };
-        if let Some(of) = self.slices_of.get_mut(&old.service) {
-            of.remove(key);
-            if of.is_empty() {
-                self.slices_of.remove(&old.service);
-            }
-        }
-        vec![old.service.clone()]
+        self.set_slice(key, None)
     }
 
     /// Stores a pod of the compiled node as it is now and returns the key whose compilation may change. Pods without host
     /// ports, without addresses, at their end, or in the node's own network are forgotten.
     pub fn put_pod(&mut self, pod: &Pod) -> ObjectKey {
-        let key = pod_key(
-            pod.metadata.namespace.as_deref().unwrap_or_default(),
-            pod.metadata.name.as_deref().unwrap_or_default(),
-        );
-        match HostPortPod::parse(pod) {
-            Some(parsed) => self.pods.insert(key.clone(), Arc::new(parsed)),
+        let key = key_of(&pod.metadata);
+        self.set_pod(&key, HostPortPod::parse(pod).map(Arc::new))
+    }
+
+    /// Stores what a pod is now, `None` when it is gone or has no host ports, and returns the key whose compilation may change.
+    pub fn set_pod(&mut self, pod: &ObjectKey, parsed: Option<Arc<HostPortPod>>) -> ObjectKey {
+        let key = pod_key(&pod.namespace, &pod.name);
+        match parsed {
+            Some(parsed) => self.pods.insert(Arc::new(key.clone()), parsed),
             None => self.pods.remove(&key),
         };
         key
@@ -386,14 +482,17 @@ impl World {
 
     /// Forgets a pod and returns the key whose compilation may change.
     pub fn delete_pod(&mut self, namespace: &str, name: &str) -> ObjectKey {
-        let key = pod_key(namespace, name);
-        self.pods.remove(&key);
-        key
+        self.set_pod(&ObjectKey::new(namespace, name), None)
     }
 
     /// The pod with host ports behind a key.
-    pub fn pod(&self, key: &ObjectKey) -> Option<&Arc<HostPortPod>> {
-        self.pods.get(key)
+    pub fn pod(&self, key: &ObjectKey) -> Option<(&Arc<ObjectKey>, &Arc<HostPortPod>)> {
+        self.pods.get_key_value(key)
+    }
+
+    /// What there is to say about slices that belong to no Service.
+    pub fn strays(&self) -> impl Iterator<Item = &Finding> {
+        self.strays.values()
     }
 
     /// Sets the ranges of one ServiceCIDR object; an empty list forgets it.
@@ -418,23 +517,23 @@ impl World {
     }
 
     /// One Service, if it is this proxy's.
-    pub fn service(&self, key: &ObjectKey) -> Option<&Arc<ServiceSpec>> {
-        self.services.get(key)
+    pub fn service(&self, key: &ObjectKey) -> Option<(&Arc<ObjectKey>, &Arc<ServiceSpec>)> {
+        self.services.get_key_value(key)
     }
 
     /// All Services of this proxy.
-    pub fn services(&self) -> impl Iterator<Item = (&ObjectKey, &Arc<ServiceSpec>)> {
+    pub fn services(&self) -> impl Iterator<Item = (&Arc<ObjectKey>, &Arc<ServiceSpec>)> {
         self.services.iter()
     }
 
     /// The slices of one Service, in the order of their names.
     pub fn slices_of(&self, service: &ObjectKey) -> impl Iterator<Item = &Arc<Slice>> {
-        self.slices_of.get(service).into_iter().flatten().filter_map(|k| self.slices.get(k))
+        self.slices_of.get(service).into_iter().flatten().map(|(_, slice)| slice)
     }
 
     /// Keys of everything that can be compiled: Services, and pods with host ports.
     pub fn service_keys(&self) -> BTreeSet<ObjectKey> {
-        self.services.keys().chain(self.pods.keys()).cloned().collect()
+        self.services.keys().chain(self.pods.keys()).map(|k| ObjectKey::clone(k)).collect()
     }
 }
 
@@ -546,7 +645,8 @@ impl ServiceSpec {
                 "NodePort" | "LoadBalancer" => port.node_port.and_then(port_number),
                 _ => None,
             };
-            ports.push(ServicePort { name: port.name.clone().unwrap_or_default(), protocol, port: number, node_port });
+            let name = port.name.as_deref().unwrap_or_default().into();
+            ports.push(ServicePort { name, protocol, port: number, node_port });
         }
 
         let affinity = if spec.session_affinity.as_deref() == Some("ClientIP") {
@@ -567,17 +667,17 @@ impl ServiceSpec {
             .flatten();
         Some(ServiceSpec {
             created: meta.creation_timestamp.as_ref().map(|t| t.0.as_second()).unwrap_or_default(),
-            cluster_ips,
-            external_ips,
-            vips,
-            source_ranges,
-            ports,
+            cluster_ips: cluster_ips.into(),
+            external_ips: external_ips.into(),
+            vips: vips.into(),
+            source_ranges: source_ranges.into(),
+            ports: ports.into(),
             affinity,
             internal_policy: TrafficPolicy::parse(spec.internal_traffic_policy.as_deref()),
             external_policy,
             health_check,
-            findings,
-            origin,
+            findings: findings.into(),
+            origin: Arc::new(origin),
         })
     }
 }
@@ -662,75 +762,243 @@ impl HostPortPod {
     }
 }
 
+/// What is read of an EndpointSlice, as the API writes it. Numbers are wider than the API's, so that one out of range is a
+/// finding about its slice instead of an error of the whole list.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SliceManifest {
+    /// `metadata`.
+    pub metadata: ManifestMeta,
+    /// `addressType`.
+    pub address_type: Option<String>,
+    /// `ports`.
+    pub ports: Option<Vec<ManifestPort>>,
+    /// `endpoints`.
+    pub endpoints: Option<Vec<ManifestEndpoint>>,
+}
+
+/// What is read of an object's metadata.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+#[allow(missing_docs)] // Named as in the API.
+pub struct ManifestMeta {
+    #[serde(deserialize_with = "or_default")]
+    pub namespace: String,
+    #[serde(deserialize_with = "or_default")]
+    pub name: String,
+    #[serde(deserialize_with = "or_default")]
+    pub uid: String,
+    pub resource_version: Option<String>,
+    #[serde(deserialize_with = "or_default")]
+    pub generation: i64,
+    #[serde(deserialize_with = "or_default")]
+    pub labels: BTreeMap<String, String>,
+    #[serde(deserialize_with = "or_default")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// `ports[]` of an EndpointSlice.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)] // Named as in the API.
+pub struct ManifestPort {
+    pub name: Option<String>,
+    pub protocol: Option<String>,
+    pub port: Option<i64>,
+}
+
+/// `endpoints[]` of an EndpointSlice.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+#[allow(missing_docs)] // Named as in the API.
+pub struct ManifestEndpoint {
+    pub addresses: Option<Vec<String>>,
+    pub conditions: Option<ManifestConditions>,
+    pub node_name: Option<String>,
+    pub hints: Option<ManifestHints>,
+}
+
+/// `endpoints[].conditions` of an EndpointSlice.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)] // Named as in the API.
+pub struct ManifestConditions {
+    pub ready: Option<bool>,
+    pub serving: Option<bool>,
+    pub terminating: Option<bool>,
+}
+
+/// `endpoints[].hints` of an EndpointSlice.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+#[allow(missing_docs)] // Named as in the API.
+pub struct ManifestHints {
+    pub for_zones: Option<Vec<ManifestName>>,
+    pub for_nodes: Option<Vec<ManifestName>>,
+}
+
+/// A zone or node of a hint.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)] // Named as in the API.
+pub struct ManifestName {
+    #[serde(deserialize_with = "or_default")]
+    pub name: String,
+}
+
+/// The API treats `null` as absent.
+fn or_default<'de, D: serde::Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
+}
+
+impl From<&EndpointSlice> for SliceManifest {
+    fn from(slice: &EndpointSlice) -> SliceManifest {
+        let meta = &slice.metadata;
+        let names = |list: Vec<String>| list.into_iter().map(|name| ManifestName { name }).collect();
+        let ports = slice.ports.as_ref().map(|ports| {
+            ports
+                .iter()
+                .map(|p| ManifestPort {
+                    name: p.name.clone(),
+                    protocol: p.protocol.clone(),
+                    port: p.port.map(i64::from),
+                })
+                .collect()
+        });
+        let endpoints = slice.endpoints.iter().flatten().map(|e| ManifestEndpoint {
+            addresses: Some(e.addresses.clone()),
+            conditions: e.conditions.as_ref().map(|c| ManifestConditions {
+                ready: c.ready,
+                serving: c.serving,
+                terminating: c.terminating,
+            }),
+            node_name: e.node_name.clone(),
+            hints: e.hints.as_ref().map(|h| ManifestHints {
+                for_zones: h.for_zones.as_ref().map(|z| names(z.iter().map(|z| z.name.clone()).collect())),
+                for_nodes: h.for_nodes.as_ref().map(|n| names(n.iter().map(|n| n.name.clone()).collect())),
+            }),
+        });
+        SliceManifest {
+            metadata: ManifestMeta {
+                namespace: meta.namespace.clone().unwrap_or_default(),
+                name: meta.name.clone().unwrap_or_default(),
+                uid: meta.uid.clone().unwrap_or_default(),
+                resource_version: meta.resource_version.clone(),
+                generation: meta.generation.unwrap_or_default(),
+                labels: meta.labels.clone().unwrap_or_default(),
+                annotations: meta.annotations.clone().unwrap_or_default(),
+            },
+            address_type: Some(slice.address_type.clone()),
+            ports,
+            endpoints: Some(endpoints.collect()),
+        }
+    }
+}
+
+impl ManifestMeta {
+    fn origin(&self, kind: &str, field: String) -> Origin {
+        Origin {
+            kind: kind.into(),
+            namespace: self.namespace.clone(),
+            name: self.name.clone(),
+            uid: self.uid.clone(),
+            generation: self.generation,
+            field,
+        }
+    }
+}
+
 impl Slice {
     /// Parses what the proxy needs; `None` for a slice that it ignores (services.md 3.1).
-    pub fn parse(slice: &EndpointSlice) -> Option<Slice> {
+    pub fn parse(slice: &SliceManifest) -> Option<Slice> {
         let meta = &slice.metadata;
-        let labels = meta.labels.as_ref()?;
-        let service = labels.get(SERVICE_NAME_LABEL).filter(|s| !s.is_empty())?;
-        if labels.contains_key(HEADLESS_LABEL) {
+        let service = meta.labels.get(SERVICE_NAME_LABEL).filter(|s| !s.is_empty())?;
+        if meta.labels.contains_key(HEADLESS_LABEL) {
             return None;
         }
-        let family = match slice.address_type.as_str() {
-            "IPv4" => IpFamily::V4,
-            "IPv6" => IpFamily::V6,
-            _ => return None,
-        };
-        let namespace = meta.namespace.clone().unwrap_or_default();
-        let origin = Origin {
-            kind: "EndpointSlice".into(),
-            namespace: namespace.clone(),
-            name: meta.name.clone().unwrap_or_default(),
-            uid: meta.uid.clone().unwrap_or_default(),
-            generation: meta.generation.unwrap_or_default(),
-            field: String::new(),
-        };
         let mut findings = Vec::new();
         let mut finding = |field: String, message: String| {
             findings.push(Finding {
-                origin: Origin { field, ..origin.clone() },
+                origin: meta.origin("EndpointSlice", field),
                 severity: Severity::Warning,
                 reason: "InvalidValue".into(),
                 message,
             });
         };
-        let ports = slice
-            .ports
-            .iter()
-            .flatten()
-            .filter_map(|p| {
-                Some(SlicePort {
-                    name: p.name.clone()?,
-                    protocol: L4::parse(p.protocol.as_deref())?,
-                    port: p.port.and_then(port_number)?,
-                })
-            })
-            .collect();
-        let mut endpoints = Vec::new();
-        for (i, endpoint) in slice.endpoints.iter().flatten().enumerate() {
-            // All addresses of one endpoint are the same thing; consumers use the first (discovery.k8s.io/v1).
-            let Some(text) = endpoint.addresses.first() else { continue };
-            let addr = match parse_ip(text) {
-                Some(ip) if IpFamily::of(&ip) != family => {
-                    finding(
-                        format!("endpoints[{i}].addresses[0]"),
-                        format!("{text} is not an {} address", family.as_str()),
-                    );
+        let service = Arc::new(ObjectKey::new(&*meta.namespace, &**service));
+        let family = match slice.address_type.as_deref() {
+            Some("IPv4") => Some(IpFamily::V4),
+            Some("IPv6") => Some(IpFamily::V6),
+            other => {
+                let other = other.unwrap_or_default();
+                finding("addressType".into(), format!("addresses of type {other:?} are not used by the proxy"));
+                None
+            }
+        };
+        let Some(family) = family else {
+            let findings = findings.into();
+            return Some(Slice { service, family, ports: [].into(), endpoints: [].into(), findings });
+        };
+        let mut ports: Vec<SlicePort> = Vec::new();
+        for (i, port) in slice.ports.iter().flatten().enumerate() {
+            let Some(protocol) = L4::parse(port.protocol.as_deref()) else {
+                finding(format!("ports[{i}].protocol"), format!("unknown protocol {:?}", port.protocol));
+                continue;
+            };
+            let number = match port.port {
+                Some(number) => u16::try_from(number).ok().and_then(NonZeroU16::new),
+                None => {
+                    finding(format!("ports[{i}].port"), "a port without a number is not used by the proxy".into());
                     continue;
                 }
-                // A loopback or unspecified destination would send clients' packets to the node itself.
-                Some(ip) if ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() => {
-                    finding(format!("endpoints[{i}].addresses[0]"), format!("{text} cannot be an endpoint"));
+            };
+            let Some(number) = number else {
+                finding(format!("ports[{i}].port"), format!("{} is not a port", port.port.unwrap_or_default()));
+                continue;
+            };
+            // The API fills an empty name in; one that is absent joins with no Service port.
+            let Some(name) = &port.name else { continue };
+            ports.push(SlicePort { name: name.as_str().into(), protocol, port: number });
+        }
+        let mut endpoints: Vec<SliceEndpoint> = Vec::new();
+        let mut seen = HashSet::new();
+        let mut last_hints: Option<Arc<Hints>> = None;
+        for (i, endpoint) in slice.endpoints.iter().flatten().enumerate() {
+            // All addresses of one endpoint are the same thing; consumers use the first (discovery.k8s.io/v1).
+            let Some(text) = endpoint.addresses.iter().flatten().next() else { continue };
+            let field = || format!("endpoints[{i}].addresses[0]");
+            let addr = match parse_ip(text) {
+                Some(ip) if IpFamily::of(&ip) != family => {
+                    finding(field(), format!("{text} is not an {} address", family.as_str()));
+                    continue;
+                }
+                // A loopback or unspecified destination would send clients' packets to the node itself; the others cannot be
+                // reached by translation.
+                Some(ip) if !can_be_endpoint(&ip) => {
+                    finding(field(), format!("{text} cannot be an endpoint"));
                     continue;
                 }
                 Some(ip) => ip,
                 None => {
-                    finding(format!("endpoints[{i}].addresses[0]"), format!("not an IP address: {text:?}"));
+                    finding(field(), format!("not an IP address: {text:?}"));
                     continue;
                 }
             };
+            if !seen.insert(addr) {
+                finding(field(), format!("{text} is listed more than once; the entry in the best condition counts"));
+            }
             let conditions = endpoint.conditions.as_ref();
-            let hints = endpoint.hints.as_ref();
+            let list = |names: Option<&Vec<ManifestName>>| {
+                names.into_iter().flatten().map(|z| Arc::from(z.name.as_str())).collect::<Box<[Arc<str>]>>()
+            };
+            let hints = endpoint
+                .hints
+                .as_ref()
+                .map(|h| Hints { for_zones: list(h.for_zones.as_ref()), for_nodes: list(h.for_nodes.as_ref()) });
+            let hints = hints.filter(|h| *h != Hints::default()).map(|hints| {
+                last_hints.take_if(|last| **last != hints);
+                last_hints.get_or_insert_with(|| Arc::new(hints)).clone()
+            });
             endpoints.push(SliceEndpoint {
                 addr,
                 conditions: Conditions {
@@ -739,20 +1007,41 @@ impl Slice {
                     terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
                 },
                 node: endpoint.node_name.as_deref().map(Arc::from),
-                for_zones: hints
-                    .iter()
-                    .flat_map(|h| h.for_zones.iter().flatten())
-                    .map(|z| Arc::from(z.name.as_str()))
-                    .collect(),
-                for_nodes: hints
-                    .iter()
-                    .flat_map(|h| h.for_nodes.iter().flatten())
-                    .map(|n| Arc::from(n.name.as_str()))
-                    .collect(),
+                hints,
             });
         }
-        Some(Slice { service: ObjectKey::new(namespace, service.clone()), family, ports, endpoints, findings })
+        Some(Slice {
+            service,
+            family: Some(family),
+            ports: ports.into(),
+            endpoints: endpoints.into(),
+            findings: findings.into(),
+        })
     }
+
+    /// What there is to say about a slice that names no Service: legitimate, but easily a mistake.
+    pub fn stray(slice: &SliceManifest) -> Option<Finding> {
+        let named = slice.metadata.labels.get(SERVICE_NAME_LABEL).is_some_and(|s| !s.is_empty());
+        (!named).then(|| Finding {
+            origin: slice.metadata.origin("EndpointSlice", "metadata.labels".into()),
+            severity: Severity::Normal,
+            reason: "NoService".into(),
+            message: format!("without the label {SERVICE_NAME_LABEL} the slice belongs to no Service"),
+        })
+    }
+}
+
+/// Whether packets may be translated to an address; the API server refuses the same ones for new slices.
+fn can_be_endpoint(ip: &IpAddr) -> bool {
+    let special = match ip {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    !(special || ip.is_loopback() || ip.is_unspecified() || ip.is_multicast())
+}
+
+fn key_of(meta: &ObjectMeta) -> ObjectKey {
+    ObjectKey::new(meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default())
 }
 
 fn port_number(port: i32) -> Option<NonZeroU16> {

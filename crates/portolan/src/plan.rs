@@ -7,11 +7,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::api::{Api, ListParams};
 use portolan_dataplane::render::{Existing, Renderer};
-use portolan_plan::world::{IpFamily, LocalDetection, NodeView, World};
+use portolan_plan::world::{IpFamily, LocalDetection, NodeView, World, parse_net};
 use serde_json::Value;
 
 use crate::args;
@@ -40,6 +41,13 @@ pub async fn run(args: args::Plan) -> Result<()> {
             for slice in slices.context("cannot list EndpointSlices")?.items {
                 world.put_slice(&slice);
             }
+            let own = ListParams::default().fields(&format!("spec.nodeName={}", view.name));
+            for pod in Api::<Pod>::all(client.clone()).list(&own).await.context("cannot list Pods")?.items {
+                world.put_pod(&pod);
+            }
+            for cidr in Api::<ServiceCIDR>::all(client.clone()).list(&all).await.context("cannot list ServiceCIDRs")?.items {
+                see_range(&mut world, cidr);
+            }
             if let Some(node) = Api::<Node>::all(client).get_opt(&view.name).await.context("cannot read the Node")? {
                 see_node(&mut view, &node);
             }
@@ -47,11 +55,12 @@ pub async fn run(args: args::Plan) -> Result<()> {
     }
     let (map, findings) = portolan_plan::service::compile(&world, &view);
     for family in [IpFamily::V4, IpFamily::V6] {
-        for transaction in Renderer::new(family).full(&map, &view, Existing::default()).transactions {
+        Renderer::new(family).full(&map, &view, Existing::default(), &mut |transaction| -> Result<()> {
             print!("{}", portolan_nft::text::script(&transaction));
-        }
+            Ok(())
+        })?;
     }
-    for finding in findings {
+    for finding in findings.iter().chain(world.strays()) {
         eprintln!("{}: {} ({})", finding.origin, finding.message, finding.reason);
     }
     Ok(())
@@ -72,11 +81,29 @@ fn put(world: &mut World, view: &mut NodeView, object: Value) -> Result<()> {
             slice.metadata.namespace.get_or_insert_with(|| "default".into());
             world.put_slice(&slice);
         }
+        "Pod" => {
+            let mut pod: Pod = serde_json::from_value(object).with_context(wrong)?;
+            pod.metadata.namespace.get_or_insert_with(|| "default".into());
+            // A pod of another node is that node's business; a manifest that was never scheduled is shown as if it ran here.
+            if pod.spec.as_ref().and_then(|s| s.node_name.as_ref()).is_none_or(|n| *n == view.name) {
+                world.put_pod(&pod);
+            }
+        }
+        "ServiceCIDR" => {
+            let cidr: ServiceCIDR = serde_json::from_value(object).with_context(wrong)?;
+            see_range(world, cidr);
+        }
         "Node" if name == view.name => see_node(view, &serde_json::from_value(object).with_context(wrong)?),
         // Other kinds do not concern the proxy.
         _ => {}
     }
     Ok(())
+}
+
+fn see_range(world: &mut World, cidr: ServiceCIDR) {
+    let texts = cidr.spec.and_then(|s| s.cidrs).unwrap_or_default();
+    let name = cidr.metadata.name.unwrap_or_default();
+    world.put_service_cidr(&name, texts.iter().filter_map(|t| parse_net(t)).collect());
 }
 
 fn see_node(view: &mut NodeView, node: &Node) {

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use portolan_dataplane::Change;
 use portolan_plan::world::ObjectKey;
@@ -89,8 +88,8 @@ fn resolve_text(text: &str) -> String {
 pub fn put(mut object: Value) -> Change {
     object["metadata"]["namespace"] = NAMESPACE.into();
     match object["kind"].as_str().unwrap() {
-        "Service" => Change::Service(Arc::new(serde_json::from_value(object).unwrap())),
-        "EndpointSlice" => Change::Slice(Arc::new(serde_json::from_value(object).unwrap())),
+        "Service" => Change::service(&serde_json::from_value(object).unwrap()),
+        "EndpointSlice" => Change::slice(&serde_json::from_value(object).unwrap()),
         other => panic!("unknown kind {other}"),
     }
 }
@@ -100,8 +99,8 @@ pub fn delete(object: &Value) -> Change {
     let name = object["name"].as_str().or(object["metadata"]["name"].as_str()).unwrap();
     let key = ObjectKey::new(NAMESPACE, name);
     match object["kind"].as_str().unwrap() {
-        "Service" => Change::ServiceGone(key),
-        "EndpointSlice" => Change::SliceGone(key),
+        "Service" => Change::service_gone(key),
+        "EndpointSlice" => Change::slice_gone(key),
         other => panic!("unknown kind {other}"),
     }
 }

@@ -25,22 +25,13 @@ pub type Nodes = BTreeMap<String, (ServiceMap, NodeView)>;
 
 pub fn apply(world: &mut World, change: &Change) {
     match change {
-        Change::Service(service) => {
-            world.put_service(service);
-        }
-        Change::ServiceGone(key) => world.delete_service(key),
-        Change::Slice(slice) => {
-            world.put_slice(slice);
-        }
-        Change::SliceGone(key) => {
-            world.delete_slice(key);
+        Change::Service(key, service) => world.set_service(key, service.clone()),
+        Change::Slice(key, slice) => {
+            world.set_slice(key, slice.clone());
         }
         Change::ServiceCidr(name, nets) => world.put_service_cidr(name, nets.clone()),
-        Change::Pod(pod) => {
-            world.put_pod(pod);
-        }
-        Change::PodGone(key) => {
-            world.delete_pod(&key.namespace, &key.name);
+        Change::Pod(key, pod) => {
+            world.set_pod(key, pod.clone());
         }
         Change::Node(_) => {}
     }

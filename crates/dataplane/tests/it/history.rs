@@ -44,8 +44,8 @@ fn change(random: &mut Random) -> Change {
     let name = format!("s{n}");
     let key = ObjectKey::new("t", name.clone());
     match random.below(10) {
-        0 => Change::ServiceGone(key),
-        1 => Change::SliceGone(key),
+        0 => Change::service_gone(key),
+        1 => Change::slice_gone(key),
         2..=4 => {
             let object = json!({
                 "metadata": {"namespace": "t", "name": name},
@@ -62,7 +62,7 @@ fn change(random: &mut Random) -> Change {
                 },
                 "status": {"loadBalancer": {"ingress": [{"ip": format!("203.0.113.{n}")}]}},
             });
-            Change::Service(Arc::new(serde_json::from_value(object).unwrap()))
+            Change::service(&serde_json::from_value(object).unwrap())
         }
         _ => {
             let endpoints: Vec<Json> = (0..random.below(7))
@@ -80,7 +80,7 @@ fn change(random: &mut Random) -> Change {
                 "ports": [{"name": "", "port": 8080, "protocol": "TCP"}, {"name": "", "port": 8081, "protocol": "UDP"}],
                 "endpoints": endpoints,
             });
-            Change::Slice(Arc::new(serde_json::from_value(object).unwrap()))
+            Change::slice(&serde_json::from_value(object).unwrap())
         }
     }
 }
@@ -176,7 +176,7 @@ fn one_more_endpoint_costs_a_few_elements() {
             "metadata": {"namespace": "t", "name": service, "labels": {"kubernetes.io/service-name": service}},
             "addressType": "IPv4", "ports": [{"name": "", "port": 8080}], "endpoints": endpoints,
         });
-        Change::Slice(Arc::new(serde_json::from_value(object).unwrap()))
+        Change::slice(&serde_json::from_value(object).unwrap())
     };
     let fake = Shared::default();
     let mut proxy = ServiceProxy::with_executor(Box::new(fake.clone()), None, lab::node_view("n1"));
@@ -185,7 +185,7 @@ fn one_more_endpoint_costs_a_few_elements() {
             "metadata": {"namespace": "t", "name": format!("s{n}")},
             "spec": {"clusterIP": format!("10.96.0.{n}"), "ports": [{"port": 80}]},
         });
-        proxy.change(Change::Service(Arc::new(serde_json::from_value(object).unwrap())));
+        proxy.change(Change::service(&serde_json::from_value(object).unwrap()));
         proxy.change(slice(20, &format!("s{n}")));
     }
     assert!(proxy.sync().is_ok());

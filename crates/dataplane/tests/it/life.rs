@@ -23,7 +23,7 @@ fn service(name: &str, ip: &str, spec: Value) -> Change {
     for (key, value) in spec.as_object().unwrap() {
         object["spec"][key] = value.clone();
     }
-    Change::Service(Arc::new(serde_json::from_value(object).unwrap()))
+    Change::service(&serde_json::from_value(object).unwrap())
 }
 
 fn slice(service: &str, addresses: &[String]) -> Change {
@@ -32,7 +32,7 @@ fn slice(service: &str, addresses: &[String]) -> Change {
         "metadata": {"namespace": "t", "name": service, "labels": {"kubernetes.io/service-name": service}},
         "addressType": "IPv4", "ports": [{"name": "", "port": 8080}], "endpoints": endpoints,
     });
-    Change::Slice(Arc::new(serde_json::from_value(object).unwrap()))
+    Change::slice(&serde_json::from_value(object).unwrap())
 }
 
 fn addresses(names: &[&str]) -> Vec<String> {

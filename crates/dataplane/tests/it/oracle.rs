@@ -4,7 +4,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use portolan_dataplane::{Change, ServiceProxy};
@@ -176,7 +175,7 @@ fn host_pod(random: &mut Random, name: &str) -> Change {
         "spec": {"containers": [{"name": "c", "ports": ports}]},
         "status": {"phase": "Running", "podIPs": [{"ip": text(name)}, {"ip": text(&format!("{name}.6"))}]},
     });
-    Change::Pod(Arc::new(serde_json::from_value(object).unwrap()))
+    Change::pod(&serde_json::from_value(object).unwrap())
 }
 
 fn packet(random: &mut Random) -> Value {
@@ -226,14 +225,14 @@ impl Site {
         let mut shared = vec![case::service_range()];
         for i in 0..SERVICES {
             let name = format!("s{i}");
-            shared.push(Change::ServiceGone(ObjectKey::new(case::NAMESPACE, name.clone())));
+            shared.push(Change::service_gone(ObjectKey::new(case::NAMESPACE, name.clone())));
             if random.chance(95) {
                 shared.push(case::put(service(random, i)));
             }
             for k in 0..2 {
                 for family in ["", ".6"] {
                     let suffix = if family.is_empty() { "" } else { "-6" };
-                    shared.push(Change::SliceGone(ObjectKey::new(case::NAMESPACE, format!("{name}-{k}{suffix}"))));
+                    shared.push(Change::slice_gone(ObjectKey::new(case::NAMESPACE, format!("{name}-{k}{suffix}"))));
                     if random.chance(if k == 0 { 90 } else { 25 }) {
                         shared.push(case::put(slice(random, i, k, family)));
                     }
@@ -248,7 +247,7 @@ impl Site {
             let view = node_view(random, node);
             let mut own = vec![Change::Node(view.clone())];
             for pod in PODS.iter().filter(|p| p[1..2] == node[1..]) {
-                own.push(Change::PodGone(ObjectKey::new(case::NAMESPACE, *pod)));
+                own.push(Change::pod_gone(ObjectKey::new(case::NAMESPACE, *pod)));
                 if random.chance(35) {
                     own.push(host_pod(random, pod));
                 }

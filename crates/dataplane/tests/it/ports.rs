@@ -2,7 +2,6 @@
 
 use std::io::Read as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use portolan_dataplane::loopback::{self, Relays};
@@ -28,7 +27,7 @@ fn pod(name: &str, ports: Value) -> Change {
         "spec": {"containers": [{"name": "c", "ports": ports}]},
         "status": {"phase": "Running", "podIPs": [{"ip": text(name)}, {"ip": text(&format!("{name}.6"))}]},
     });
-    Change::Pod(Arc::new(serde_json::from_value(object).unwrap()))
+    Change::pod(&serde_json::from_value(object).unwrap())
 }
 
 fn slice(service: &str, family: &str, pods: &[&str], ports: Value) -> Change {
@@ -109,8 +108,8 @@ fn host_ports_and_loopback_ports_reach_their_pods() {
         let route_localnet = lab.run("n1", "cat", &["/proc/sys/net/ipv4/conf/all/route_localnet"], "");
         assert_eq!(route_localnet.trim(), "0");
 
-        proxy.change(Change::PodGone(ObjectKey::new(case::NAMESPACE, "p1a")));
-        proxy.change(Change::ServiceGone(ObjectKey::new(case::NAMESPACE, "web")));
+        proxy.change(Change::pod_gone(ObjectKey::new(case::NAMESPACE, "p1a")));
+        proxy.change(Change::service_gone(ObjectKey::new(case::NAMESPACE, "web")));
         apply(&mut proxy);
         for (from, to, port) in [("x1", "n1", 31500), ("n1", "localhost", 31500), ("n1", "localhost", 30080)] {
             let at = SocketAddr::new(lab::address(to).unwrap(), port);
