@@ -12,7 +12,6 @@ use http::header::{self, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version, request};
 use hyper::body::Incoming;
-use hyper::client::conn::http1::SendRequest;
 use portolan_plan::route::{Decision, Forward, Head, Host, Profile, Rule, UpstreamId, decide, host};
 
 use crate::accesslog::Line;
@@ -22,7 +21,7 @@ use crate::guard::Conn;
 use crate::head::{self, Forwarding};
 use crate::metrics::Observation;
 use crate::snapshot::{Endpoints, Snapshot};
-use crate::upstream::{self, Lease, Remains};
+use crate::upstream::{self, Lease, Remains, Sender};
 
 /// Attempts for one request (nginx: `proxy_next_upstream_tries` as ingress-nginx sets it).
 const TRIES: usize = 3;
@@ -461,7 +460,7 @@ async fn proxy(
             let sent = Instant::now();
             exchange.sent = Some(sent);
             progress.timer.set(policy.read_timeout);
-            let outcome = progress.timer.limit(sender.try_send_request(request)).await;
+            let outcome = progress.timer.limit(sender.requests.try_send_request(request)).await;
             progress.timer.clear();
             match outcome {
                 Some(Ok(response)) => {
@@ -521,7 +520,7 @@ fn next(endpoints: &Endpoints, tried: &[SocketAddr]) -> Option<SocketAddr> {
     (0..count).map(|n| addresses[start.wrapping_add(n) % count]).find(|a| !tried.contains(a))
 }
 
-type Connected = (SendRequest<Upload>, bool, Option<Remains>);
+type Connected = (Sender, bool, Option<Remains>);
 
 async fn connection(
     worker: &Worker,

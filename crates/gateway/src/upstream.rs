@@ -14,6 +14,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, oneshot};
+use tokio::task::AbortHandle;
 
 use crate::body::Upload;
 use crate::proxy::Exchange;
@@ -35,13 +36,28 @@ pub(crate) struct Pool {
 }
 
 struct Idle {
-    sender: SendRequest<Upload>,
+    sender: Sender,
     since_ms: u64,
+}
+
+/// Sends requests on a connection. Dropping it closes the connection: what is unsent may never be read.
+pub(crate) struct Sender {
+    pub requests: SendRequest<Upload>,
+    /// Absent when the connection outlives its requests because it may become a tunnel.
+    task: Option<AbortHandle>,
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
 }
 
 /// A connection in use, to be given back after its response was read to the end.
 pub(crate) struct Lease {
-    pub sender: SendRequest<Upload>,
+    pub sender: Sender,
     pub address: SocketAddr,
 }
 
@@ -63,24 +79,32 @@ impl Pool {
     }
 
     /// An idle connection that seems to be alive.
-    pub async fn take(&self, address: SocketAddr) -> Option<SendRequest<Upload>> {
-        loop {
-            let idle = {
-                let mut all = self.idle.borrow_mut();
-                let idle = all.get_mut(&address)?.pop()?;
-                self.count.set(self.count.get() - 1);
-                idle
-            };
-            let mut sender = idle.sender;
-            // Its task may have yet to notice that the last response has ended.
-            if !sender.is_closed() && (sender.is_ready() || sender.ready().await.is_ok()) {
-                return Some(sender);
+    pub async fn take(&self, address: SocketAddr) -> Option<Sender> {
+        match self.pop_ready(address) {
+            Ok(sender) => Some(sender),
+            Err(0) => None,
+            Err(_) => {
+                // Their tasks may have yet to notice that the last response has ended. One that stays busy is still sending a request
+                // that was answered early.
+                tokio::task::yield_now().await;
+                self.pop_ready(address).ok()
             }
         }
     }
 
+    /// The last one of the idle connections that can take a request, or how many there are that cannot.
+    fn pop_ready(&self, address: SocketAddr) -> Result<Sender, usize> {
+        let mut all = self.idle.borrow_mut();
+        let Some(list) = all.get_mut(&address) else { return Err(0) };
+        let before = list.len();
+        list.retain(|idle| !idle.sender.requests.is_closed());
+        let found = list.iter().rposition(|idle| idle.sender.requests.is_ready()).map(|at| list.remove(at));
+        self.count.set(self.count.get() - (before - list.len()));
+        found.map(|idle| idle.sender).ok_or(list.len())
+    }
+
     fn put(&self, lease: Lease) {
-        if self.count.get() >= MOST_IDLE || lease.sender.is_closed() {
+        if self.count.get() >= MOST_IDLE || lease.sender.requests.is_closed() {
             return;
         }
         let idle = Idle { sender: lease.sender, since_ms: self.timers.now_ms() };
@@ -101,7 +125,7 @@ impl Pool {
             let keep = u64::try_from(KEEP.as_millis()).unwrap_or(u64::MAX);
             let mut left = 0;
             self.idle.borrow_mut().retain(|_, list| {
-                list.retain(|idle| now - idle.since_ms < keep && !idle.sender.is_closed());
+                list.retain(|idle| now - idle.since_ms < keep && !idle.sender.requests.is_closed());
                 left += list.len();
                 !list.is_empty()
             });
@@ -178,19 +202,19 @@ pub(crate) async fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
 }
 
 /// Begins HTTP on a connection that is to be used again.
-pub(crate) async fn begin(stream: TcpStream) -> hyper::Result<SendRequest<Upload>> {
-    let (sender, connection) = builder().handshake(TokioIo::new(Heard(stream))).await?;
-    tokio::task::spawn_local(async move {
+pub(crate) async fn begin(stream: TcpStream) -> hyper::Result<Sender> {
+    let (requests, connection) = builder().handshake(TokioIo::new(Heard(stream))).await?;
+    let task = tokio::task::spawn_local(async move {
         if let Err(error) = connection.await {
             tracing::trace!(%error, "upstream connection ended");
         }
     });
-    Ok(sender)
+    Ok(Sender { requests, task: Some(task.abort_handle()) })
 }
 
 /// Begins HTTP on a connection that may switch to another protocol.
-pub(crate) async fn begin_upgrade(stream: TcpStream) -> hyper::Result<(SendRequest<Upload>, Remains)> {
-    let (sender, connection) = builder().handshake(TokioIo::new(stream)).await?;
+pub(crate) async fn begin_upgrade(stream: TcpStream) -> hyper::Result<(Sender, Remains)> {
+    let (requests, connection) = builder().handshake(TokioIo::new(stream)).await?;
     let (give, take) = oneshot::channel();
     tokio::task::spawn_local(async move {
         if let Ok(parts) = connection.without_shutdown().await {
@@ -198,5 +222,5 @@ pub(crate) async fn begin_upgrade(stream: TcpStream) -> hyper::Result<(SendReque
             let _ = give.send(parts);
         }
     });
-    Ok((sender, take))
+    Ok((Sender { requests, task: None }, take))
 }
