@@ -11,15 +11,15 @@ use k8s_openapi::api::batch::v1::{CronJob, CronJobStatus, Job};
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::Api;
-use kube::api::{DeleteParams, PostParams, Preconditions};
+use kube::api::{DeleteParams, PostParams};
 use portolan_client::{EventRecorder, EventType};
 
 use crate::Context;
 use crate::job::finished;
 use crate::queue::{Key, Next, Queue};
+use crate::replicaset::remove;
 use crate::util::{
-    already_exists, controller_of, controller_reference, is_conflict, is_namespace_terminating, is_not_found, message,
-    reference,
+    already_exists, controller_of, controller_reference, is_namespace_terminating, is_not_found, message, reference,
 };
 
 const WORKERS: usize = 5;
@@ -301,31 +301,21 @@ pub fn make_job(cron: &CronJob, at: Timestamp, zone: &TimeZone) -> Job {
     }
 }
 
-async fn remove_job(
-    context: &Context,
-    events: &EventRecorder,
-    cron: &CronJob,
-    namespace: &str,
-    name: &str,
-    uid: Option<String>,
-) -> anyhow::Result<()> {
+async fn remove_job(context: &Context, events: &EventRecorder, cron: &CronJob, job: &Job) -> anyhow::Result<()> {
+    let namespace = job.metadata.namespace.as_deref().unwrap_or_default();
+    let name = job.metadata.name.as_deref().unwrap_or_default();
     let api: Api<Job> = Api::namespaced(context.client.clone(), namespace);
-    let params = DeleteParams::background().preconditions(Preconditions { uid, ..Default::default() });
-    match api.delete(name, &params).await {
-        Ok(_) => {
+    match remove(&api, &context.caches.jobs, job, &DeleteParams::background()).await {
+        Ok(()) => {
             events.event(&reference(cron), EventType::Normal, "SuccessfulDelete", format!("Deleted job {name}"));
+            Ok(())
         }
-        Err(error) if is_not_found(&error) || is_conflict(&error) => {}
         Err(error) => {
             let text = format!("Deleted job: {}", message(&error));
             events.event(&reference(cron), EventType::Warning, "FailedDelete", text);
-            return Err(error).context("cannot delete a job");
+            Err(error).context("cannot delete a job")
         }
     }
-    if let Some(job) = context.caches.jobs.get(namespace, name) {
-        context.caches.jobs.deleted(&job);
-    }
-    Ok(())
 }
 
 async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Result<Next> {
@@ -365,14 +355,16 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     let limits =
         [(true, spec.successful_jobs_history_limit.unwrap_or(3)), (false, spec.failed_jobs_history_limit.unwrap_or(1))];
     for (complete, limit) in limits {
-        let mut kind: Vec<&Arc<Job>> = ended.iter().filter(|(_, c)| *c == complete).map(|(j, _)| *j).collect();
+        // What is being deleted and waits for a finalizer does not count.
+        let stays = |job: &Job| job.metadata.deletion_timestamp.is_none();
+        let mut kind: Vec<&Arc<Job>> =
+            ended.iter().filter(|(job, c)| *c == complete && stays(job)).map(|(job, _)| *job).collect();
         kind.sort_by_key(|j| {
             (j.status.as_ref().and_then(|s| s.start_time.clone()).map(|t| t.0), j.metadata.name.clone())
         });
         let excess = kind.len().saturating_sub(usize::try_from(limit).unwrap_or(0));
         for job in kind.into_iter().take(excess) {
-            let name = job.metadata.name.as_deref().unwrap_or_default();
-            remove_job(&context, &events, &cron, &key.namespace, name, job.metadata.uid.clone()).await?;
+            remove_job(&context, &events, &cron, job).await?;
         }
     }
     let next = start_due(&context, &events, &cron, &mut status).await;
@@ -454,8 +446,11 @@ async fn start_due(
         }
         Some("Replace") => {
             for old in std::mem::take(active) {
-                let old_name = old.name.as_deref().unwrap_or_default();
-                remove_job(context, events, cron, namespace, old_name, old.uid.clone()).await?;
+                let known = context.caches.jobs.get(namespace, old.name.as_deref().unwrap_or_default());
+                // What is not known is gone.
+                if let Some(job) = known.filter(|job| job.metadata.uid == old.uid) {
+                    remove_job(context, events, cron, &job).await?;
+                }
             }
         }
         _ => {}

@@ -299,7 +299,7 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     }
     let pods = uid.map(|uid| caches.pods.controlled_by(uid)).unwrap_or_default();
     let Some(hash) = ensure_revision(&context, &set, &pods).await? else { return Ok(Next::Wait) };
-    let first = plan(&set, &pods, &caches.nodes.all(), &hash, Timestamp::now());
+    let first = plan(&set, &pods, &caches.nodes.all(), &hash, context.clock.now());
     for pod in &first.failed {
         let name = pod.metadata.name.as_deref().unwrap_or_default();
         let node = node_of(pod).unwrap_or_default();
@@ -331,7 +331,7 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     }
     // The status describes the pods as they are after this sync's writes.
     let pods = uid.map(|uid| caches.pods.controlled_by(uid)).unwrap_or_default();
-    let after = plan(&set, &pods, &caches.nodes.all(), &hash, Timestamp::now());
+    let after = plan(&set, &pods, &caches.nodes.all(), &hash, context.clock.now());
     if set.status.as_ref() != Some(&after.status) {
         let api: Api<DaemonSet> = Api::namespaced(context.client.clone(), &key.namespace);
         let mut updated = DaemonSet::clone(&set);

@@ -4,7 +4,7 @@
 //! written. One call is one step; the change it causes wakes the controller for the next.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,13 +15,13 @@ use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, Time};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::Api;
-use kube::api::{DeleteParams, PostParams, Preconditions};
+use kube::api::{DeleteParams, PostParams};
 use portolan_client::{EventRecorder, EventType};
 
 use crate::Context;
 use crate::pods;
 use crate::queue::{Key, Next, Queue};
-use crate::replicaset::{adopt, release};
+use crate::replicaset::{adopt, release, remove};
 use crate::selector;
 use crate::util::{
     already_exists, controller_of, controller_reference, is_namespace_terminating, is_not_found, message, reference,
@@ -111,6 +111,8 @@ impl Strategy {
 struct Draft {
     original: Arc<ReplicaSet>,
     set: ReplicaSet,
+    /// Its pods that are neither finished nor being deleted.
+    active: i32,
 }
 
 impl Draft {
@@ -120,6 +122,16 @@ impl Draft {
 
     fn available(&self) -> i32 {
         self.set.status.as_ref().and_then(|s| s.available_replicas).unwrap_or(0)
+    }
+
+    /// The pods that it has or will have: as long as surplus ones are not deleted they take room.
+    fn occupies(&self) -> i32 {
+        self.replicas().max(self.active)
+    }
+
+    /// The available pods that it is certain to keep. Its status may be older than its size.
+    fn keeps_available(&self) -> i32 {
+        self.available().min(self.replicas())
     }
 
     fn annotation(&self, key: &str) -> Option<&str> {
@@ -175,7 +187,15 @@ struct Step<'a> {
 /// Decides one step. `sets` are the ReplicaSets that the Deployment controls, `pods` the pods that these control.
 pub fn plan(deployment: &Deployment, sets: &[Arc<ReplicaSet>], pods: &[Arc<Pod>], now: Timestamp) -> Plan {
     let spec = deployment.spec.clone().unwrap_or_default();
-    let mut sets: Vec<Draft> = sets.iter().map(|s| Draft { original: s.clone(), set: ReplicaSet::clone(s) }).collect();
+    let mut active: HashMap<&str, i32> = HashMap::new();
+    for owner in pods.iter().filter(|p| pods::is_active(p)).filter_map(|p| controller_of(&**p)) {
+        *active.entry(&owner.uid).or_default() += 1;
+    }
+    let draft = |original: &Arc<ReplicaSet>| {
+        let active = original.metadata.uid.as_deref().and_then(|uid| active.get(uid)).copied().unwrap_or(0);
+        Draft { original: original.clone(), set: ReplicaSet::clone(original), active }
+    };
+    let mut sets: Vec<Draft> = sets.iter().map(draft).collect();
     sets.sort_by(|a, b| created(&a.set.metadata).cmp(&created(&b.set.metadata)));
     let new = sets
         .iter()
@@ -386,7 +406,7 @@ impl Step<'_> {
         match self.strategy {
             Strategy::Recreate => wanted,
             Strategy::Rolling { surge, .. } => {
-                let room = wanted + surge - self.total();
+                let room = wanted + surge - self.sets.iter().map(Draft::occupies).sum::<i32>();
                 if room <= 0 { present } else { present + room.min(wanted - present) }
             }
         }
@@ -418,21 +438,21 @@ impl Step<'_> {
         if olds.iter().all(|i| self.sets[*i].replicas() == 0) {
             return false;
         }
-        let new_unavailable = self.sets[new].replicas() - self.sets[new].available();
+        let new_unavailable = self.sets[new].replicas() - self.sets[new].keeps_available();
         let mut budget = self.total() - self.min_available() - new_unavailable;
         if budget <= 0 {
             return false;
         }
         let mut changed = false;
         for at in &olds {
-            let (replicas, available) = (self.sets[*at].replicas(), self.sets[*at].available());
+            let (replicas, available) = (self.sets[*at].replicas(), self.sets[*at].keeps_available());
             let unhealthy = (replicas - available).min(budget).max(0);
             if replicas > 0 && unhealthy > 0 {
                 changed |= self.scale(*at, replicas - unhealthy);
                 budget -= unhealthy;
             }
         }
-        let available: i32 = self.sets.iter().map(Draft::available).sum();
+        let available: i32 = self.sets.iter().map(Draft::keeps_available).sum();
         let mut surplus = available - self.min_available();
         for at in &olds {
             let replicas = self.sets[*at].replicas();
@@ -803,7 +823,7 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     sets.retain(|s| selector::matches(&spec.selector, s.metadata.labels.as_ref()));
     let of_sets = sets.iter().filter_map(|s| s.metadata.uid.as_deref()).flat_map(|uid| caches.pods.controlled_by(uid));
     let pods: Vec<Arc<Pod>> = of_sets.collect();
-    let plan = plan(&deployment, &sets, &pods, Timestamp::now());
+    let plan = plan(&deployment, &sets, &pods, context.clock.now());
 
     let mut status = plan.status;
     let mut retry = None;
@@ -839,13 +859,9 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
         }
     }
     for set in &plan.delete {
-        let preconditions = Preconditions { uid: set.metadata.uid.clone(), ..Default::default() };
-        let params = DeleteParams::background().preconditions(preconditions);
-        match set_api.delete(set.metadata.name.as_deref().unwrap_or_default(), &params).await {
-            Ok(_) => caches.replica_sets.deleted(set),
-            Err(error) if is_not_found(&error) => caches.replica_sets.deleted(set),
-            Err(error) => return Err(error).context("cannot delete an old replica set"),
-        }
+        remove(&set_api, &caches.replica_sets, set, &DeleteParams::background())
+            .await
+            .context("cannot delete an old replica set")?;
     }
     if status.is_some() || plan.revision.is_some() {
         // Both through the status: there the annotation does not count as a change of the Deployment (a new generation).

@@ -16,7 +16,7 @@ use portolan_plan::slices::{
 
 use crate::Context;
 use crate::cache::Caches;
-use crate::metrics::{Hints, Operation, Outcome};
+use crate::metrics::{Distribution, Hints, Operation, Outcome};
 use crate::queue::{Key, Next, Queue, Waiting};
 use crate::selector::SelectorIndex;
 use crate::util::{already_exists, is_conflict, is_namespace_terminating, is_not_found, message, reference};
@@ -59,11 +59,13 @@ struct Tally {
     slices: usize,
     /// Slices if they were packed perfectly.
     packed: usize,
+    /// What the Service asks for as trafficDistribution, empty if nothing.
+    distribution: &'static str,
 }
 
 impl Tally {
-    fn of<'a>(slices: impl Iterator<Item = &'a EndpointSlice>, max_per_slice: usize) -> Tally {
-        let mut tally = Tally::default();
+    fn of<'a>(service: &Service, slices: impl Iterator<Item = &'a EndpointSlice>, max_per_slice: usize) -> Tally {
+        let mut tally = Tally { distribution: distribution(service), ..Tally::default() };
         // Only slices of one family and with the same ports could be merged.
         let mut groups: Vec<(&EndpointSlice, usize)> = Vec::new();
         for slice in slices {
@@ -77,6 +79,17 @@ impl Tally {
         }
         tally.packed = groups.iter().map(|(_, count)| count.div_ceil(max_per_slice.max(1)).max(1)).sum();
         tally
+    }
+}
+
+/// `spec.trafficDistribution` as metrics name it.
+fn distribution(service: &Service) -> &'static str {
+    match service.spec.as_ref().and_then(|s| s.traffic_distribution.as_deref()) {
+        None => "",
+        Some("PreferClose") => "PreferClose",
+        Some("PreferSameZone") => "PreferSameZone",
+        Some("PreferSameNode") => "PreferSameNode",
+        Some(_) => "ImplementationSpecific",
     }
 }
 
@@ -113,6 +126,14 @@ impl Shared {
         metrics.endpoints_desired.inc_by(difference(now.endpoints, before.endpoints));
         metrics.slices.inc_by(difference(now.slices, before.slices));
         metrics.slices_desired.inc_by(difference(now.packed, before.packed));
+        if now.distribution != before.distribution {
+            for (value, step) in [(before.distribution, -1), (now.distribution, 1)] {
+                if !value.is_empty() {
+                    let label = Distribution { traffic_distribution: value };
+                    metrics.distributions.get_or_create_owned(&label).inc_by(step);
+                }
+            }
+        }
     }
 
     fn pod_changed(&self, old: Option<&Arc<Pod>>, new: Option<&Arc<Pod>>) {
@@ -341,6 +362,8 @@ async fn sync_slices(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
         return Ok(Next::Wait);
     };
     if !slices::has_selected_endpoints(&service) {
+        shared.slice_triggers.lock().expect(POISONED).remove(&key);
+        shared.hinted.lock().expect(POISONED).remove(&key);
         // Without a selector the slices stay (people freeze endpoints that way) until the mirror of the Endpoints says the same:
         // both together would keep stale endpoints alive.
         if slices::selector(&service).is_none() && !managed(caches, &key, slices::MIRROR_CONTROLLER).is_empty() {
@@ -381,8 +404,11 @@ async fn sync_slices(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
             awaiting.entry(node.clone()).or_default().insert(key.clone());
         }
     }
-    let effect = Effect::of(&changes, &existing, shared.which.max_per_slice);
-    let topology = if slices::hints::is_proportional(&service) { "Auto" } else { "Disabled" };
+    let effect = Effect::of(&service, &changes, &existing, shared.which.max_per_slice);
+    let hints = Hints {
+        topology: if slices::hints::is_proportional(&service) { "Auto" } else { "Disabled" },
+        traffic_distribution: distribution(&service),
+    };
     if let Err(error) = apply(&shared, &key, changes).await {
         if !is_conflict(&error) && !is_not_found(&error) {
             let text = format!(
@@ -399,7 +425,7 @@ async fn sync_slices(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
     let metrics = &shared.context.metrics;
     metrics.endpoints_added.observe(effect.added as f64);
     metrics.endpoints_removed.observe(effect.removed as f64);
-    metrics.slices_changed.get_or_create_owned(&Hints { topology }).observe(effect.writes as f64);
+    metrics.slices_changed.get_or_create_owned(&hints).observe(effect.writes as f64);
     match waiting.first() {
         Some((pod, node)) => Err(Waiting(format!("pod {pod} is on unknown node {node:?}")).into()),
         None => Ok(Next::Wait),
@@ -416,7 +442,7 @@ struct Effect {
 }
 
 impl Effect {
-    fn of(changes: &Changes, existing: &[Arc<EndpointSlice>], max_per_slice: usize) -> Effect {
+    fn of(service: &Service, changes: &Changes, existing: &[Arc<EndpointSlice>], max_per_slice: usize) -> Effect {
         let name = |slice: &EndpointSlice| slice.metadata.name.clone().unwrap_or_default();
         let touched: HashSet<String> =
             changes.update.iter().map(name).chain(changes.delete.iter().map(|s| name(s))).collect();
@@ -431,7 +457,7 @@ impl Effect {
             added: after.difference(&before).count(),
             removed: before.difference(&after).count(),
             writes: changes.create.len() + changes.update.len() + changes.delete.len(),
-            tally: Tally::of(kept.into_iter().chain(new()), max_per_slice),
+            tally: Tally::of(service, kept.into_iter().chain(new()), max_per_slice),
         }
     }
 }
@@ -500,7 +526,7 @@ async fn sync_legacy(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
         }
         return Ok(Next::Wait);
     };
-    if !slices::has_selected_endpoints(&service) || service.metadata.deletion_timestamp.is_some() {
+    if !slices::has_selected_endpoints(&service) {
         return Ok(Next::Wait);
     }
     let pods = selected(caches, &service);
@@ -545,9 +571,7 @@ async fn sync_mirror(shared: Arc<Shared>, events: EventRecorder, key: Key) -> an
     let endpoints = caches.endpoints.get(&key.namespace, &key.name);
     let service = caches.services.get(&key.namespace, &key.name);
     let mut changes = match &endpoints {
-        Some(endpoints) if mirror::wanted(endpoints, service.as_deref()) => {
-            mirror::reconcile(endpoints, &existing, shared.which.max_per_slice)
-        }
+        Some(endpoints) if mirror::wanted(endpoints, service.as_deref()) => mirror::reconcile(endpoints, &existing),
         _ => Changes { delete: existing, ..Default::default() },
     };
     if let Some(endpoints) = &endpoints {
@@ -685,7 +709,8 @@ mod tests {
             delete: vec![existing[1].clone()],
             ..Default::default()
         };
-        let tally = Tally { endpoints: 5, slices: 3, packed: 2 };
-        assert_eq!(Effect::of(&changes, &existing, 3), Effect { added: 2, removed: 1, writes: 3, tally });
+        let service: Service = from(json!({"spec": {"trafficDistribution": "PreferSameZone"}}));
+        let tally = Tally { endpoints: 5, slices: 3, packed: 2, distribution: "PreferSameZone" };
+        assert_eq!(Effect::of(&service, &changes, &existing, 3), Effect { added: 2, removed: 1, writes: 3, tally });
     }
 }

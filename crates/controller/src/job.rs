@@ -23,12 +23,15 @@ use crate::pods;
 use crate::queue::{Key, Next, Queue};
 use crate::replicaset::{delete_pod, release};
 use crate::util::{
-    controller_of, controller_reference, is_conflict, is_namespace_terminating, is_not_found, message, reference,
+    controller_of, controller_reference, is_conflict, is_namespace_terminating, is_not_found, is_replaced, message,
+    reference,
 };
 
 const WORKERS: usize = 5;
 /// Pods made in one sync at most.
 const BURST: usize = 500;
+/// When to look again at a pod whose Job exists but is not in the cache yet.
+const ORPHAN_RECHECK: Duration = Duration::from_secs(1);
 /// Finalizer of pods whose end is not counted yet.
 pub const TRACKING: &str = "batch.kubernetes.io/job-tracking";
 const INDEX: &str = "batch.kubernetes.io/job-completion-index";
@@ -629,10 +632,19 @@ async fn free_orphan(context: Context, key: Key) -> anyhow::Result<Next> {
     let Some(pod) = context.caches.pods.get(&key.namespace, &key.name).filter(|p| is_tracked(p)) else {
         return Ok(Next::Wait);
     };
-    if job_of(&context.caches.jobs, &pod).is_none() {
-        let api: Api<Pod> = Api::namespaced(context.client.clone(), &key.namespace);
-        untrack(&context, &api, &pod).await?;
+    if job_of(&context.caches.jobs, &pod).is_some() {
+        return Ok(Next::Wait);
     }
+    if let Some(owner) = controller_of(&*pod).filter(|o| o.kind == "Job") {
+        // The caches of two kinds are not in step: another process may have made the Job and the pod a moment ago.
+        let jobs: Api<Job> = Api::namespaced(context.client.clone(), &key.namespace);
+        let live = jobs.get_metadata_opt(&owner.name).await.context("cannot look for the job of a pod")?;
+        if live.is_some_and(|job| job.metadata.uid.as_deref() == Some(owner.uid.as_str())) {
+            return Ok(Next::After(ORPHAN_RECHECK));
+        }
+    }
+    let api: Api<Pod> = Api::namespaced(context.client.clone(), &key.namespace);
+    untrack(&context, &api, &pod).await?;
     Ok(Next::Wait)
 }
 
@@ -652,7 +664,7 @@ async fn untrack(context: &Context, api: &Api<Pod>, pod: &Pod) -> anyhow::Result
             }
             Ok(())
         }
-        Err(error) if is_not_found(&error) || is_conflict(&error) => {
+        Err(error) if is_not_found(&error) || is_replaced(&error) => {
             context.caches.pods.deleted(pod);
             Ok(())
         }
@@ -681,7 +693,7 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
             let name = pod.metadata.name.as_deref().unwrap_or_default();
             match pod_api.patch(name, &PatchParams::default(), &Patch::Strategic(patch)).await {
                 Ok(written) => caches.pods.wrote(written),
-                Err(error) if is_not_found(&error) => caches.pods.deleted(pod),
+                Err(error) if is_not_found(&error) || is_replaced(&error) => caches.pods.deleted(pod),
                 Err(error) => return Err(error).with_context(|| format!("cannot adopt {name}")),
             }
         }
@@ -690,7 +702,9 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
         }
     }
     let own = || uid.map(|uid| caches.pods.controlled_by(uid)).unwrap_or_default();
-    let first = plan(&job, &own(), context.clock.now());
+    // One time for both plans: what is due in the second and not in the first would be forgotten.
+    let now = context.clock.now();
+    let first = plan(&job, &own(), now);
     if first.expired {
         let preconditions = Preconditions { uid: job.metadata.uid.clone(), ..Default::default() };
         return match job_api.delete(&key.name, &DeleteParams::foreground().preconditions(preconditions)).await {
@@ -730,7 +744,7 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
         }
     }
     // The status describes the pods as they are after this sync's writes.
-    let after = plan(&job, &own(), context.clock.now());
+    let after = plan(&job, &own(), now);
     let before = job.status.clone().unwrap_or_default();
     if job.metadata.deletion_timestamp.is_none() && before != after.status {
         let mut updated = Job::clone(&job);

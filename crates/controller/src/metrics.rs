@@ -25,10 +25,17 @@ pub(crate) struct Outcome {
     pub result: &'static str,
 }
 
-/// Whether a Service asks for topology hints: `Auto` or `Disabled`.
+/// Whether a Service asks for topology hints (`Auto` or `Disabled`), and its trafficDistribution, empty without one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct Hints {
     pub topology: &'static str,
+    pub traffic_distribution: &'static str,
+}
+
+/// A trafficDistribution that Services have.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct Distribution {
+    pub traffic_distribution: &'static str,
 }
 
 #[derive(Clone)]
@@ -64,6 +71,7 @@ pub(crate) struct Metrics {
     pub slices: Gauge,
     pub slices_desired: Gauge,
     pub slices_changed: Family<Hints, Histogram, Buckets>,
+    pub distributions: Family<Distribution, Gauge>,
     // Upstream counters without the suffix `_total`; only a gauge keeps a name as it is.
     pub changes: Family<Operation, Gauge>,
     pub syncs: Family<Outcome, Gauge>,
@@ -84,6 +92,7 @@ impl Default for Metrics {
             slices: Gauge::default(),
             slices_desired: Gauge::default(),
             slices_changed: Family::new_with_constructor(Buckets(counts)),
+            distributions: Family::default(),
             changes: Family::default(),
             syncs: Family::default(),
             schedule_attempts: Family::default(),
@@ -128,6 +137,11 @@ impl Metrics {
                 "EndpointSlices written by one sync of a Service",
                 self.slices_changed.clone(),
             );
+            slices.register(
+                "services_count_by_traffic_distribution",
+                "Services with a selector by their trafficDistribution",
+                self.distributions.clone(),
+            );
             slices.register("changes", "Writes of EndpointSlices", self.changes.clone());
             slices.register("syncs", "Syncs of Services", self.syncs.clone());
             let scheduler = registry.sub_registry_with_prefix("scheduler");
@@ -157,7 +171,8 @@ mod tests {
         metrics.work_duration.get_or_create(&name).observe(0.5);
         metrics.changes.get_or_create(&Operation { operation: "create" }).inc();
         metrics.syncs.get_or_create(&Outcome { result: "success" }).inc();
-        metrics.slices_changed.get_or_create(&Hints { topology: "Disabled" }).observe(1.0);
+        metrics.slices_changed.get_or_create(&Hints { topology: "Disabled", traffic_distribution: "" }).observe(1.0);
+        metrics.distributions.get_or_create(&Distribution { traffic_distribution: "PreferSameZone" }).inc();
         metrics.schedule_attempts.get_or_create(&Outcome { result: "scheduled" }).inc();
         let text = observer.encode();
         for line in [
@@ -171,7 +186,8 @@ mod tests {
             "endpoint_slice_controller_endpoints_desired 0",
             "endpoint_slice_controller_num_endpoint_slices 0",
             "endpoint_slice_controller_desired_endpoint_slices 0",
-            "endpoint_slice_controller_endpointslices_changed_per_sync_count{topology=\"Disabled\"} 1",
+            "endpoint_slice_controller_endpointslices_changed_per_sync_count{topology=\"Disabled\",traffic_distribution=\"\"} 1",
+            "endpoint_slice_controller_services_count_by_traffic_distribution{traffic_distribution=\"PreferSameZone\"} 1",
             "endpoint_slice_controller_changes{operation=\"create\"} 1",
             "endpoint_slice_controller_syncs{result=\"success\"} 1",
             "scheduler_schedule_attempts_total{result=\"scheduled\"} 1",

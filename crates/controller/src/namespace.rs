@@ -223,7 +223,7 @@ async fn sync(
     }
     let api: Api<Namespace> = Api::all(context.client.clone());
     let status = namespace.status.clone().unwrap_or_default();
-    let wanted = conditions(&remains, status.conditions.as_deref().unwrap_or_default(), Timestamp::now());
+    let wanted = conditions(&remains, status.conditions.as_deref().unwrap_or_default(), context.clock.now());
     let mut current = Namespace::clone(&namespace);
     // The usual case, everything gone at the first try, needs no word about it: the namespace vanishes with the next write.
     let vanishes = remains.is_clear() && namespace.metadata.finalizers.as_ref().is_none_or(Vec::is_empty);

@@ -19,9 +19,9 @@ use crate::Context;
 use crate::clock::Clock;
 use crate::pods;
 use crate::queue::{Key, Next, Queue};
-use crate::replicaset::remove_pod;
+use crate::replicaset::remove;
 use crate::scheduler::tolerates;
-use crate::util::{is_conflict, is_not_found, reference};
+use crate::util::{is_not_found, is_replaced, reference};
 
 /// How long a silent node is still believed (`--node-monitor-grace-period`).
 pub const GRACE: Duration = Duration::from_secs(40);
@@ -274,7 +274,7 @@ async fn watch_over(
                 events.event(&reference(&**pod), EventType::Normal, "TaintManagerEviction", text);
                 let api =
                     Api::namespaced(context.client.clone(), pod.metadata.namespace.as_deref().unwrap_or_default());
-                remove_pod(&api, &context.caches.pods, pod, &DeleteParams::default()).await.context("cannot evict")?;
+                remove(&api, &context.caches.pods, pod, &DeleteParams::default()).await.context("cannot evict")?;
             }
             Some(left) => {
                 let left = left + Duration::from_millis(50);
@@ -302,7 +302,7 @@ async fn mark_not_ready(context: &Context, events: &EventRecorder, pod: &Pod) ->
             events.event(&reference(pod), EventType::Warning, "NodeNotReady", "Node is not ready");
             Ok(())
         }
-        Err(error) if is_not_found(&error) || is_conflict(&error) => Ok(()),
+        Err(error) if is_not_found(&error) || is_replaced(&error) => Ok(()),
         Err(error) => Err(error).context("cannot mark the pod not ready"),
     }
 }
@@ -367,12 +367,12 @@ async fn collect(
             }]}});
             match api.patch_status(name, &PatchParams::default(), &Patch::Strategic(patch)).await {
                 Ok(_) => {}
-                Err(error) if is_not_found(&error) || is_conflict(&error) => continue,
+                Err(error) if is_not_found(&error) || is_replaced(&error) => continue,
                 Err(error) => return Err(error).context("cannot mark an orphaned pod as failed"),
             }
         }
         let params = DeleteParams { grace_period_seconds: Some(0), ..Default::default() };
-        remove_pod(&api, &context.caches.pods, &pod, &params).await.context("cannot delete an orphaned pod")?;
+        remove(&api, &context.caches.pods, &pod, &params).await.context("cannot delete an orphaned pod")?;
     }
     Ok(Next::Wait)
 }

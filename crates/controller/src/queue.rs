@@ -165,6 +165,26 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
         Some(key)
     }
 
+    /// The next key, as soon as there is one; `None` at shutdown.
+    async fn wait(&self, shutdown: &CancellationToken) -> Option<K> {
+        loop {
+            // Registered before looking, so that no notification is missed, and given up with the return, so that none is
+            // kept from an idle worker while this one is busy.
+            let mut notified = std::pin::pin!(self.0.notify.notified());
+            notified.as_mut().enable();
+            if shutdown.is_cancelled() {
+                return None;
+            }
+            if let Some(key) = self.next() {
+                return Some(key);
+            }
+            tokio::select! {
+                () = shutdown.cancelled() => return None,
+                () = notified => {}
+            }
+        }
+    }
+
     /// Takes out all that waits, as if it had been worked on.
     #[cfg(test)]
     pub(crate) fn drain(&self) -> Vec<K> {
@@ -228,19 +248,7 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
         for _ in 0..workers {
             let (queue, shutdown, sync) = (self.clone(), shutdown.clone(), sync.clone());
             tasks.spawn(async move {
-                loop {
-                    // Registered before looking, so that no notification is missed.
-                    let mut notified = std::pin::pin!(queue.0.notify.notified());
-                    notified.as_mut().enable();
-                    let Some(key) = queue.next() else {
-                        tokio::select! {
-                            () = shutdown.cancelled() => return,
-                            () = notified => continue,
-                        }
-                    };
-                    if shutdown.is_cancelled() {
-                        return;
-                    }
+                while let Some(key) = queue.wait(&shutdown).await {
                     let (began, started) = (Instant::now(), queue.0.clock.instant());
                     let result = sync(key.clone()).await;
                     queue.0.worked.observe(began.elapsed().as_secs_f64());
@@ -248,7 +256,14 @@ impl<K: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<K> {
                 }
             });
         }
-        while tasks.join_next().await.is_some() {}
+        while let Some(ended) = tasks.join_next().await {
+            // A worker that is gone and the key it held would be missed by nobody.
+            if let Err(error) = ended
+                && error.is_panic()
+            {
+                std::panic::resume_unwind(error.into_panic());
+            }
+        }
     }
 }
 
@@ -287,6 +302,117 @@ mod tests {
         assert_eq!(queue.next(), Some("a"));
         queue.done("a", Ok(Next::Wait), Instant::now());
         assert_eq!(queue.next(), None);
+    }
+
+    /// Works until `stop`; a key that is in `block` is worked on until it is taken out there.
+    fn workers(queue: &Queue<u32>, count: usize, stop: &CancellationToken, block: u32) -> Worked {
+        let worked = Worked { done: tokio::sync::watch::Sender::default(), release: CancellationToken::new() };
+        let (seen, queue, stop) = (worked.clone(), queue.clone(), stop.clone());
+        tokio::spawn(async move {
+            let sync = move |key| {
+                let seen = seen.clone();
+                async move {
+                    seen.done.send_modify(|done| done.push(key));
+                    if key == block {
+                        seen.release.cancelled().await;
+                    }
+                    Ok(Next::Wait)
+                }
+            };
+            queue.work(count, stop, sync).await;
+        });
+        worked
+    }
+
+    #[derive(Clone)]
+    struct Worked {
+        /// Keys whose work has begun.
+        done: tokio::sync::watch::Sender<Vec<u32>>,
+        release: CancellationToken,
+    }
+
+    impl Worked {
+        async fn reaches(&self, key: u32) {
+            let mut done = self.done.subscribe();
+            let begun = done.wait_for(|done| done.contains(&key));
+            tokio::time::timeout(Duration::from_secs(20), begun).await.expect("worked on in time").unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn what_comes_while_a_worker_is_busy_is_done_by_an_idle_one() {
+        // Whichever of the workers is woken first.
+        for first in 0..4 {
+            let (queue, stop) = (Queue::new("test"), CancellationToken::new());
+            let worked = workers(&queue, 3, &stop, 7);
+            for key in 0..first {
+                queue.add(key);
+                worked.reaches(key).await;
+            }
+            queue.add(7);
+            worked.reaches(7).await;
+            for key in 10..20 {
+                queue.add(key);
+                worked.reaches(key).await;
+            }
+            worked.release.cancel();
+            stop.cancel();
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn no_key_is_lost_between_busy_workers() {
+        let (queue, stop) = (Queue::<u32>::new("test"), CancellationToken::new());
+        let worked = workers(&queue, 3, &stop, u32::MAX);
+        for key in 0..2_000 {
+            match key % 3 {
+                0 => queue.add(key),
+                1 => queue.add_after(key, Duration::from_micros(u64::from(key))),
+                _ => {
+                    let queue = queue.clone();
+                    tokio::spawn(async move { queue.add(key) });
+                }
+            }
+        }
+        for key in 0..2_000 {
+            worked.reaches(key).await;
+        }
+        stop.cancel();
+    }
+
+    #[tokio::test]
+    async fn an_earlier_time_takes_the_place_of_a_later_one() {
+        let clock = Clock::default();
+        let queue = Queue::<u32>::measured("test", clock.clone(), &Metrics::default());
+        let stop = CancellationToken::new();
+        let worked = workers(&queue, 1, &stop, u32::MAX);
+        queue.add_after(1, Duration::from_secs(7_200));
+        queue.add_after(1, Duration::from_secs(3_600));
+        queue.add_after(1, Duration::from_secs(5_400));
+        clock.advance(Duration::from_secs(3_601));
+        worked.reaches(1).await;
+        assert_eq!(worked.done.borrow().len(), 1);
+        // The same time may be asked for again.
+        queue.add_after(1, Duration::from_secs(10));
+        clock.advance(Duration::from_secs(11));
+        let mut done = worked.done.subscribe();
+        let twice = done.wait_for(|done| done.len() == 2);
+        tokio::time::timeout(Duration::from_secs(20), twice).await.expect("worked on in time").unwrap();
+        stop.cancel();
+    }
+
+    #[tokio::test]
+    async fn a_panic_of_a_sync_is_not_swallowed() {
+        let queue = Queue::<u32>::new("test");
+        queue.add(1);
+        let work = {
+            let queue = queue.clone();
+            tokio::spawn(async move {
+                queue.work(2, CancellationToken::new(), |_| async { panic!("a test of panics") }).await;
+            })
+        };
+        let ended = tokio::time::timeout(Duration::from_secs(20), work).await.expect("ends");
+        assert!(ended.unwrap_err().is_panic());
     }
 
     #[test]

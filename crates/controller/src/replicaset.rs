@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{ReplicaSet, ReplicaSetCondition, ReplicaSetStatus};
 use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use portolan_client::{EventRecorder, EventType};
@@ -20,7 +20,7 @@ use crate::queue::{Key, Next, Queue};
 use crate::selector;
 use crate::util::{
     controller_of, controller_reference, is_conflict, is_controlled_by, is_namespace_terminating, is_not_found,
-    message, reference,
+    is_replaced, message, reference,
 };
 
 /// Syncs of different ReplicaSets at a time (`--concurrent-replicaset-syncs`).
@@ -210,7 +210,7 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     let of_siblings = siblings.iter().flat_map(|sibling| caches.pods.controlled_by(sibling));
     let more: Vec<Arc<Pod>> = of_siblings.filter(|p| !known.contains(&p.metadata.uid)).collect();
     pods.extend(more);
-    let plan = plan(&set, &pods, &siblings, Timestamp::now());
+    let plan = plan(&set, &pods, &siblings, context.clock.now());
     let api: Api<Pod> = Api::namespaced(context.client.clone(), &key.namespace);
     for pod in &plan.adopt {
         adopt(&api, &caches.pods, &*set, pod).await?;
@@ -232,7 +232,7 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     // The status describes the pods as they are after this sync's writes.
     let pods = uid.map(|uid| caches.pods.controlled_by(uid)).unwrap_or_default();
     let told = failure.as_ref().map(|(reason, error)| (*reason, message(error)));
-    let (wanted, recheck) = status(&set, &pods, told, Timestamp::now());
+    let (wanted, recheck) = status(&set, &pods, told, context.clock.now());
     if set.status.as_ref() != Some(&wanted) {
         let api: Api<ReplicaSet> = Api::namespaced(context.client.clone(), &key.namespace);
         let mut updated = ReplicaSet::clone(&set);
@@ -307,7 +307,7 @@ pub(crate) async fn delete_pod<K: kube::Resource<DynamicType = ()>>(
     pod: &Pod,
 ) -> Result<(), kube::Error> {
     let name = pod.metadata.name.as_deref().unwrap_or_default();
-    match remove_pod(api, cache, pod, &DeleteParams::default()).await {
+    match remove(api, cache, pod, &DeleteParams::default()).await {
         Ok(()) => {
             events.event(&reference(owner), EventType::Normal, "SuccessfulDelete", format!("Deleted pod: {name}"));
             Ok(())
@@ -320,33 +320,33 @@ pub(crate) async fn delete_pod<K: kube::Resource<DynamicType = ()>>(
     }
 }
 
-/// Deletes exactly this pod (by uid) and enters what is left of it into the cache.
-pub(crate) async fn remove_pod(
-    api: &Api<Pod>,
-    cache: &Informer<Pod>,
-    pod: &Pod,
+/// Deletes exactly this object (by uid) and enters what is left of it into the cache.
+pub(crate) async fn remove<K: crate::cache::Cached>(
+    api: &Api<K>,
+    cache: &Informer<K>,
+    object: &K,
     params: &DeleteParams,
 ) -> Result<(), kube::Error> {
-    let preconditions = Preconditions { uid: pod.metadata.uid.clone(), ..Default::default() };
+    let meta = object.meta();
+    let preconditions = Preconditions { uid: meta.uid.clone(), ..Default::default() };
     let params = params.clone().preconditions(preconditions);
-    match api.delete(pod.metadata.name.as_deref().unwrap_or_default(), &params).await {
+    match api.delete(meta.name.as_deref().unwrap_or_default(), &params).await {
         Ok(answer) => {
+            let waits = |meta: &ObjectMeta| {
+                meta.deletion_timestamp.is_some()
+                    && (meta.deletion_grace_period_seconds.is_some_and(|grace| grace != 0)
+                        || meta.finalizers.as_ref().is_some_and(|f| !f.is_empty()))
+            };
             match answer.left() {
                 // Still there for a grace period or a finalizer.
-                Some(rest)
-                    if rest.metadata.deletion_timestamp.is_some()
-                        && (rest.metadata.deletion_grace_period_seconds != Some(0)
-                            || rest.metadata.finalizers.as_ref().is_some_and(|f| !f.is_empty())) =>
-                {
-                    cache.wrote(rest);
-                }
-                _ => cache.deleted(pod),
+                Some(rest) if waits(rest.meta()) => cache.wrote(rest),
+                _ => cache.deleted(object),
             }
             Ok(())
         }
         Err(error) if is_not_found(&error) || is_conflict(&error) => {
-            // Gone already, or another pod has its name now.
-            cache.deleted(pod);
+            // Gone already, or another object has its name now.
+            cache.deleted(object);
             Ok(())
         }
         Err(error) => Err(error),
@@ -364,7 +364,7 @@ where
     let name = meta.name.as_deref().unwrap_or_default();
     match api.patch(name, &PatchParams::default(), &Patch::Strategic(patch)).await {
         Ok(written) => cache.wrote(written),
-        Err(error) if is_not_found(&error) => cache.deleted(object),
+        Err(error) if is_not_found(&error) || is_replaced(&error) => cache.deleted(object),
         Err(error) => return Err(error).with_context(|| format!("cannot adopt {name}")),
     }
     Ok(())
@@ -384,7 +384,7 @@ pub(crate) async fn release<K: crate::cache::Cached>(
     let name = meta.name.as_deref().unwrap_or_default();
     match api.patch(name, &PatchParams::default(), &Patch::Strategic(patch)).await {
         Ok(written) => cache.wrote(written),
-        Err(error) if is_not_found(&error) => cache.deleted(object),
+        Err(error) if is_not_found(&error) || is_replaced(&error) => cache.deleted(object),
         Err(error) => return Err(error).with_context(|| format!("cannot release {name}")),
     }
     Ok(())

@@ -30,7 +30,7 @@ use crate::cache::Caches;
 use crate::metrics::Outcome;
 use crate::pods;
 use crate::queue::{Key, Next, Queue};
-use crate::util::{controller_of, is_conflict, is_not_found, message, reference};
+use crate::util::{controller_of, is_conflict, is_not_found, is_replaced, message, reference};
 
 mod topology;
 mod volumes;
@@ -825,7 +825,7 @@ async fn schedule(
                 let since = condition
                     .filter(|c| c.status == "False")
                     .and_then(|c| c.last_transition_time.clone())
-                    .map_or_else(Timestamp::now, |t| t.0);
+                    .map_or_else(|| context.clock.now(), |t| t.0);
                 let seconds = Timestamp::from_second(since.as_second()).unwrap_or(since);
                 let patch = json!({"metadata": {"uid": uid}, "status": {"conditions": [{
                     "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": text,
@@ -833,7 +833,7 @@ async fn schedule(
                 }]}});
                 match api.patch_status(&key.name, &PatchParams::default(), &Patch::Strategic(patch)).await {
                     Ok(written) => context.caches.pods.wrote(written),
-                    Err(error) if is_not_found(&error) || is_conflict(&error) => return Ok(Next::Wait),
+                    Err(error) if is_not_found(&error) || is_replaced(&error) => return Ok(Next::Wait),
                     Err(error) => return Err(error).context("cannot write the PodScheduled condition"),
                 }
                 events.event(&about, EventType::Warning, "FailedScheduling", text);

@@ -23,7 +23,7 @@ use serde_json::json;
 use crate::Context;
 use crate::pods::{self, Availability};
 use crate::queue::{Key, Next, Queue};
-use crate::replicaset::{adopt, release, remove_pod, wake_owner};
+use crate::replicaset::{adopt, release, remove, wake_owner};
 use crate::util::{
     already_exists, controller_of, controller_reference, is_namespace_terminating, is_not_found, message, reference,
 };
@@ -512,7 +512,7 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
         caches.revisions.wrote_quietly(written.context("cannot renumber the controller revision")?);
     }
 
-    let plan = plan(&set, &pods, &revisions.current, &revisions.update, collisions, Timestamp::now());
+    let plan = plan(&set, &pods, &revisions.current, &revisions.update, collisions, context.clock.now());
     let mut failure = None;
     for act in &plan.acts {
         if let Err(error) = perform(&context, &events, &set, &pod_api, act).await {
@@ -593,7 +593,7 @@ async fn perform(
                 let text = format!("StatefulSet {namespace}/{set_name} is recreating failed Pod {name}");
                 events.event(&about, EventType::Warning, "RecreatingFailedPod", text);
             }
-            let gone = remove_pod(api, cache, pod, &DeleteParams::default()).await;
+            let gone = remove(api, cache, pod, &DeleteParams::default()).await;
             outcome("delete", "Delete", name, gone)
         }
         Act::Relabel(pod) => {

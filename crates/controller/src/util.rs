@@ -62,6 +62,15 @@ pub(crate) fn is_conflict(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 409 && status.reason != "AlreadyExists")
 }
 
+/// Whether a patch that names a uid was refused because another object has the name by now.
+pub(crate) fn is_replaced(error: &kube::Error) -> bool {
+    let immutable = |status: &kube::core::Status| {
+        let causes = status.details.iter().flat_map(|details| &details.causes);
+        status.code == 422 && causes.into_iter().any(|cause| cause.field == "metadata.uid")
+    };
+    is_conflict(error) || matches!(error, kube::Error::Api(status) if immutable(status))
+}
+
 /// Whether an object of this name is there.
 pub(crate) fn already_exists(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 409 && status.reason == "AlreadyExists")

@@ -267,3 +267,67 @@ fn a_deleted_deployment_does_not_roll() {
     world.settle(all);
     assert!(world.sets.is_empty());
 }
+
+/// A ReplicaSet's pod.
+fn pod(owner: &ReplicaSet, name: &str, leaving: bool) -> Arc<Pod> {
+    let controller = controller_reference(owner);
+    let deleted = leaving.then_some("2026-01-01T00:00:00Z");
+    Arc::new(
+        serde_json::from_value(json!({
+            "metadata": {"name": name, "uid": name, "ownerReferences": [controller], "deletionTimestamp": deleted},
+            "status": {"phase": "Running"}
+        }))
+        .unwrap(),
+    )
+}
+
+/// In the middle of a rollout: sizes and available pods (as the status tells) of the old set and of the new one.
+fn halfway(old: (i32, i32), new: (i32, i32)) -> World {
+    let mut world = World::new(deployment(json!({})));
+    world.settle(all);
+    world.deployment = with_image(&world.deployment, "x:2");
+    while world.sets.len() < 2 {
+        assert!(world.step(all));
+    }
+    for (set, (size, available)) in world.sets.iter_mut().zip([old, new]) {
+        set.spec.as_mut().unwrap().replicas = Some(size);
+        set.status.as_mut().unwrap().available_replicas = Some(available);
+    }
+    world
+}
+
+impl World {
+    /// The sizes that one step would give the sets with these pods.
+    fn would_be(&self, pods: &[Arc<Pod>]) -> [i32; 2] {
+        let sets: Vec<Arc<ReplicaSet>> = self.sets.iter().cloned().map(Arc::new).collect();
+        let plan = plan(&self.deployment, &sets, pods, at(self.clock));
+        let size = |set: &ReplicaSet| {
+            let written = plan.update.iter().find(|s| s.metadata.name == set.metadata.name).unwrap_or(set);
+            written.spec.as_ref().unwrap().replicas.unwrap()
+        };
+        [size(&self.sets[0]), size(&self.sets[1])]
+    }
+}
+
+#[test]
+fn surplus_pods_take_room_until_they_are_deleted() {
+    // Nothing but the new set can change: no old pod may be missed.
+    let world = halfway((3, 3), (1, 0));
+    let [old, new] = [&world.sets[0], &world.sets[1]];
+    let pods = |leaving| {
+        let stay = ["a", "b", "c"].map(|name| pod(old, name, false));
+        stay.into_iter().chain([pod(old, "d", leaving), pod(new, "e", false)]).collect::<Vec<_>>()
+    };
+    assert_eq!(world.would_be(&pods(false)), [3, 1], "four old pods and a new one are all that may be");
+    assert_eq!(world.would_be(&pods(true)), [3, 2]);
+}
+
+#[test]
+fn a_status_older_than_the_size_does_not_count_pods_twice() {
+    assert_eq!(
+        halfway((3, 3), (2, 1)).would_be(&[]),
+        [2, 2],
+        "three must stay available: two old ones and the new one"
+    );
+    assert_eq!(halfway((3, 4), (2, 1)).would_be(&[]), [2, 2], "the fourth is about to be deleted");
+}

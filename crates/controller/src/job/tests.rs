@@ -261,3 +261,51 @@ fn indexes_as_text() {
         assert_eq!(Indexes::parse(text, 10).format(), expected, "{text}");
     }
 }
+
+/// The clock is put forward at any moment of a sync: either the Job is deleted, or it is looked at again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_time_to_live_that_ends_during_a_sync_is_not_forgotten() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    let deletions = Arc::new(AtomicUsize::new(0));
+    let count = deletions.clone();
+    let server = tower::service_fn(move |request: http::Request<kube::client::Body>| {
+        let deleted = request.method() == http::Method::DELETE;
+        count.fetch_add(usize::from(deleted), Ordering::Relaxed);
+        async move {
+            let answer = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"});
+            Ok::<_, kube::Error>(http::Response::new(kube::client::Body::from(answer.to_string().into_bytes())))
+        }
+    });
+    let client = kube::Client::new(server, "default");
+    for round in 0..1_000 {
+        let clock = crate::clock::Clock::default();
+        let context = Context {
+            client: client.clone(),
+            caches: crate::cache::Caches::default(),
+            shutdown: tokio_util::sync::CancellationToken::new(),
+            clock: clock.clone(),
+            metrics: crate::metrics::Metrics::default(),
+        };
+        let ended = json!([{"type": "Complete", "status": "True", "lastTransitionTime": clock.now()}]);
+        context.caches.jobs.wrote(job(json!({"ttlSecondsAfterFinished": 600}), json!({"conditions": ended})));
+        let events = context.recorder("test");
+        let started = Arc::new(std::sync::Barrier::new(2));
+        let forward = std::thread::spawn({
+            let started = started.clone();
+            move || {
+                started.wait();
+                for _ in 0..round * 10 {
+                    std::hint::spin_loop();
+                }
+                clock.advance(Duration::from_secs(601));
+            }
+        });
+        let before = deletions.load(Ordering::Relaxed);
+        started.wait();
+        let next = sync(context, events, Key::new("ns", "j")).await.unwrap();
+        forward.join().unwrap();
+        let deleted = deletions.load(Ordering::Relaxed) > before;
+        assert!(deleted || matches!(next, Next::After(_)), "round {round}: {next:?}");
+    }
+}
