@@ -10,13 +10,15 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference}
 
 use super::{
     Changes, Family, MANAGED_BY, MIRROR_CONTROLLER, PortKey, PortSet, SERVICE_NAME, TRIGGER_TIME, pack, port_set,
+    slice_port_set,
 };
 
 /// Label on Endpoints that must not be mirrored.
 pub const SKIP_MIRROR: &str = "endpointslice.kubernetes.io/skip-mirror";
 /// Annotation on Endpoints that are a leader election lock.
 pub const LEADER: &str = "control-plane.alpha.kubernetes.io/leader";
-/// Addresses of one subset that are mirrored at most.
+/// Addresses of one subset that are mirrored at most, and endpoints of one mirrored slice: what the API takes. So a subset
+/// becomes one slice a family.
 pub const MAX_PER_SUBSET: usize = 1000;
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
@@ -31,7 +33,7 @@ pub fn wanted(endpoints: &Endpoints, service: Option<&Service>) -> bool {
 }
 
 /// Decides the writes that make `existing` (slices of this Service that carry [`MIRROR_CONTROLLER`]) mirror the Endpoints.
-pub fn reconcile(endpoints: &Endpoints, existing: &[Arc<EndpointSlice>], max_per_slice: usize) -> Changes {
+pub fn reconcile(endpoints: &Endpoints, existing: &[Arc<EndpointSlice>]) -> Changes {
     let mut changes = Changes::default();
     let mut groups: BTreeMap<Family, BTreeMap<PortSet, BTreeMap<String, Endpoint>>> = BTreeMap::new();
     let mut invalid = 0;
@@ -73,6 +75,7 @@ pub fn reconcile(endpoints: &Endpoints, existing: &[Arc<EndpointSlice>], max_per
         changes.events.push((true, "InvalidIPAddress", message));
     }
     if skipped > 0 {
+        let skipped = skipped + invalid;
         let message = format!(
             "A max of {MAX_PER_SUBSET} addresses can be mirrored to EndpointSlices per Endpoints subset. {skipped} addresses were skipped"
         );
@@ -86,9 +89,23 @@ pub fn reconcile(endpoints: &Endpoints, existing: &[Arc<EndpointSlice>], max_per
     changes.delete.extend(foreign);
     for family in [Family::V4, Family::V6] {
         let wanted = groups.remove(&family).unwrap_or_default();
-        let wanted = wanted.into_iter().map(|(ports, members)| (ports, members.into_values().collect())).collect();
-        let ours = ours.iter().filter(|s| s.address_type == family.as_str()).cloned().collect();
-        pack::pack(&Shape { endpoints, family }, wanted, ours, max_per_slice, false, &mut changes);
+        let wanted: BTreeMap<PortSet, Vec<Endpoint>> =
+            wanted.into_iter().map(|(ports, members)| (ports, members.into_values().collect())).collect();
+        let mut slices: Vec<_> = ours.iter().filter(|s| s.address_type == family.as_str()).cloned().collect();
+        // No more slices than are needed: the first ones take what the others have had.
+        slices.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
+        let mut kept: BTreeMap<PortSet, usize> = BTreeMap::new();
+        slices.retain(|slice| {
+            let ports = slice_port_set(slice);
+            let needed = wanted.get(&ports).map_or(1, |members| members.len().div_ceil(MAX_PER_SUBSET));
+            let have = kept.entry(ports).or_default();
+            *have += 1;
+            if *have > needed && slice.metadata.deletion_timestamp.is_none() {
+                changes.delete.push(slice.clone());
+            }
+            *have <= needed
+        });
+        pack::pack(&Shape { endpoints, family }, wanted, slices, MAX_PER_SUBSET, false, &mut changes);
     }
     changes
 }

@@ -383,7 +383,7 @@ fn mirroring() {
         {"addresses": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}], "ports": [{"port": 80}]},
         {"addresses": [{"ip": "10.0.0.3"}], "notReadyAddresses": [{"ip": "10.0.0.1"}, {"ip": "no-address"}], "ports": [{"port": 80}]}
     ]));
-    let changes = mirror::reconcile(&endpoints, &[], 100);
+    let changes = mirror::reconcile(&endpoints, &[]);
     let v4 = changes.create.iter().find(|s| s.address_type == "IPv4").unwrap();
     assert_eq!(addresses(v4), ["10.0.0.1", "10.0.0.3"], "equal ports share a slice");
     let first = v4.endpoints.as_ref().unwrap()[0].conditions.as_ref().unwrap();
@@ -401,8 +401,8 @@ fn mirroring() {
     let mut slices = Vec::new();
     apply(&mut slices, changes, &mut 0);
     assert_eq!(slices.len(), 2);
-    assert!(mirror::reconcile(&endpoints, &slices, 100).is_empty());
-    let emptied = mirror::reconcile(&hand_made(json!([])), &slices, 100);
+    assert!(mirror::reconcile(&endpoints, &slices).is_empty());
+    let emptied = mirror::reconcile(&hand_made(json!([])), &slices);
     assert_eq!((emptied.delete.len(), emptied.create.len()), (2, 0), "no placeholder");
 }
 
@@ -419,6 +419,130 @@ fn what_is_mirrored() {
     assert!(!mirror::wanted(&plain, Some(&web(json!({})))));
     assert!(!mirror::wanted(&skipped, Some(&selectorless)));
     assert!(!mirror::wanted(&lock, Some(&selectorless)));
+}
+
+#[test]
+fn a_subset_is_mirrored_in_one_slice_a_family() {
+    let addresses = |from: usize, count: usize| -> Vec<Value> {
+        (from..from + count).map(|i| json!({"ip": format!("10.{}.{}.{}", i >> 16, (i >> 8) & 255, i & 255)})).collect()
+    };
+    let one = hand_made(json!([{"addresses": addresses(1, 1000), "ports": [{"port": 80}]}]));
+    let changes = mirror::reconcile(&one, &[]);
+    assert_eq!((changes.create.len(), changes.events.len()), (1, 0));
+    assert_eq!(changes.create[0].endpoints.as_ref().unwrap().len(), 1000);
+
+    // Ready ones come first; what is over the limit is told, and so is what is no address.
+    let mut many = addresses(1, 999);
+    many.insert(0, json!({"ip": "none"}));
+    let over =
+        hand_made(json!([{"addresses": many, "notReadyAddresses": addresses(5000, 3), "ports": [{"port": 80}]}]));
+    let changes = mirror::reconcile(&over, &[]);
+    let ready = |e: &Endpoint| e.conditions.as_ref().unwrap().ready == Some(true);
+    let endpoints = changes.create[0].endpoints.as_ref().unwrap();
+    assert_eq!((endpoints.len(), endpoints.iter().filter(|e| ready(e)).count()), (1000, 999));
+    let texts: Vec<&str> = changes.events.iter().map(|(_, _, text)| text.as_str()).collect();
+    assert_eq!(
+        texts,
+        [
+            "Skipped 1 invalid IP addresses when mirroring to EndpointSlices",
+            "A max of 1000 addresses can be mirrored to EndpointSlices per Endpoints subset. 3 addresses were skipped"
+        ]
+    );
+
+    // Slices of a mirror that made smaller ones become one.
+    let mut slices = Vec::new();
+    apply(&mut slices, mirror::reconcile(&one, &[]), &mut 0);
+    let whole = slices.pop().unwrap();
+    for (i, part) in whole.endpoints.as_ref().unwrap().chunks(100).enumerate() {
+        let mut slice = EndpointSlice::clone(&whole);
+        slice.metadata.name = Some(format!("part-{i}"));
+        slice.endpoints = Some(part.to_vec());
+        slices.push(Arc::new(slice));
+    }
+    let changes = mirror::reconcile(&one, &slices);
+    assert_eq!((changes.create.len(), changes.update.len(), changes.delete.len()), (0, 1, 9));
+    assert_eq!(changes.update[0].endpoints.as_ref().unwrap().len(), 1000);
+}
+
+#[test]
+fn a_service_that_is_being_deleted_gets_no_new_slices() {
+    let mut service = web(json!({}));
+    let pods = [pod("a", "10.0.0.1", true), pod("b", "10.0.0.2", true)];
+    let mut slices = Vec::new();
+    apply(&mut slices, run_with(&service, &pods, &[], 1), &mut 0);
+    let time = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(k8s_openapi::jiff::Timestamp::UNIX_EPOCH);
+    service.metadata.deletion_timestamp = Some(time);
+    assert!(run(&service, &pods, &[]).is_empty());
+    // What is there still follows the pods.
+    let changes = run_with(&service, &pods[..1], &slices, 1);
+    assert_eq!((changes.create.len(), changes.update.len(), changes.delete.len()), (0, 0, 1));
+}
+
+#[test]
+fn two_pods_with_one_address_are_two_endpoints() {
+    let leaving = json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}});
+    let pods = [pod_with("old", "10.0.0.1", true, leaving), pod("new", "10.0.0.1", true)];
+    let changes = run(&web(json!({})), &pods, &[]);
+    let endpoints = changes.create[0].endpoints.as_ref().unwrap();
+    let names: BTreeSet<_> = endpoints.iter().map(|e| e.target_ref.as_ref().unwrap().name.clone().unwrap()).collect();
+    assert_eq!(names, BTreeSet::from(["new".to_owned(), "old".to_owned()]));
+}
+
+#[test]
+fn a_pod_that_comes_back_under_its_name_is_an_update() {
+    let mut slices = Vec::new();
+    apply(&mut slices, run(&web(json!({})), &[pod("db-0", "10.0.0.1", true)], &[]), &mut 0);
+    let again = pod_with("db-0", "10.0.0.1", true, json!({"metadata": {"uid": "another"}}));
+    let changes = run(&web(json!({})), &[again], &slices);
+    assert_eq!((changes.create.len(), changes.update.len(), changes.delete.len()), (0, 1, 0));
+    let endpoint = &changes.update[0].endpoints.as_ref().unwrap()[0];
+    assert_eq!(endpoint.target_ref.as_ref().unwrap().uid.as_deref(), Some("another"));
+}
+
+#[test]
+fn what_others_do_to_a_slice_is_undone() {
+    let service = web(json!({}));
+    let pods = [pod("a", "10.0.0.1", true), pod("b", "10.0.0.2", false)];
+    let mut made = Vec::new();
+    apply(&mut made, run(&service, &pods, &[]), &mut 0);
+    let tampered = |change: &dyn Fn(&mut EndpointSlice)| {
+        let mut slice = EndpointSlice::clone(&made[0]);
+        change(&mut slice);
+        Arc::new(slice)
+    };
+    let rows: [(&str, Arc<EndpointSlice>); 6] = [
+        (
+            "an_endpoint_added",
+            tampered(&|s| {
+                s.endpoints
+                    .as_mut()
+                    .unwrap()
+                    .push(Endpoint { addresses: vec!["192.0.2.1".into()], ..Default::default() })
+            }),
+        ),
+        ("an_endpoint_removed", tampered(&|s| drop(s.endpoints.as_mut().unwrap().pop()))),
+        (
+            "an_endpoint_doubled",
+            tampered(&|s| {
+                let e = s.endpoints.as_ref().unwrap()[0].clone();
+                s.endpoints.as_mut().unwrap().push(e);
+            }),
+        ),
+        (
+            "a_condition",
+            tampered(&|s| s.endpoints.as_mut().unwrap()[1].conditions.as_mut().unwrap().ready = Some(true)),
+        ),
+        ("a_port", tampered(&|s| s.ports.as_mut().unwrap()[0].port = Some(1))),
+        ("a_label", tampered(&|s| drop(s.metadata.labels.as_mut().unwrap().insert("team".into(), "b".into())))),
+    ];
+    for (name, slice) in rows {
+        let changes = run(&service, &pods, std::slice::from_ref(&slice));
+        assert_eq!((changes.create.len(), changes.update.len(), changes.delete.len()), (0, 1, 0), "{name}");
+        let fixed = &changes.update[0];
+        assert_eq!(fixed.metadata.name, slice.metadata.name, "{name}");
+        assert_eq!(addresses(fixed), ["10.0.0.1", "10.0.0.2"], "{name}");
+        assert_eq!((&fixed.ports, &fixed.metadata.labels), (&made[0].ports, &made[0].metadata.labels), "{name}");
+    }
 }
 
 mod properties {
@@ -464,5 +588,182 @@ mod properties {
             let more = run_with(&service, &many(0..count + 1), &slices, 7);
             prop_assert_eq!(more.create.len() + more.update.len() + more.delete.len(), 1);
         }
+
+        /// Pods of all kinds, Services of all kinds, and somebody who tampers with the slices in between: after every sync the slices
+        /// hold exactly what the pods say, each endpoint once, with its ports, within the limit, and nothing more is to be done.
+        #[test]
+        fn slices_say_what_the_pods_say(
+            steps in prop::collection::vec((prop::collection::vec(any_pod(), 0..14), any_service(), any_tampering()), 1..6),
+            max in 1usize..6,
+        ) {
+            let mut slices: Vec<Arc<EndpointSlice>> = Vec::new();
+            let mut serial = 0;
+            for (pods, service, tampering) in steps {
+                tamper(&mut slices, &tampering);
+                let pods: Vec<Arc<Pod>> = pods.iter().enumerate().map(|(i, kind)| kind.pod(i)).collect();
+                let changes = run_with(&service, &pods, &slices, max);
+                apply(&mut slices, changes, &mut serial);
+                let mut have: Vec<(String, String, Vec<String>, Option<bool>)> = Vec::new();
+                for slice in &slices {
+                    prop_assert!(addresses(slice).len() <= max);
+                    let ports = slice.ports.iter().flatten().map(|p| format!("{:?} {:?}", p.name.as_deref(), p.port)).collect::<Vec<_>>();
+                    for endpoint in slice.endpoints.iter().flatten() {
+                        let ready = endpoint.conditions.as_ref().and_then(|c| c.ready);
+                        have.push((slice.address_type.clone(), endpoint.addresses[0].clone(), ports.clone(), ready));
+                    }
+                }
+                have.sort();
+                prop_assert_eq!(have, wanted(&service, &pods));
+                for family in families(&service, &pods) {
+                    prop_assert!(slices.iter().any(|s| s.address_type == family.as_str()), "a slice of {:?}", family);
+                }
+                prop_assert!(run_with(&service, &pods, &slices, max).is_empty(), "nothing is left to do");
+            }
+        }
+
+        /// Whatever changes about one pod, its port numbers too, two slices a family are written at most: the one it leaves and
+        /// the one it enters.
+        #[test]
+        fn a_change_of_one_pod_touches_two_slices(
+            kinds in prop::collection::vec(any_pod(), 1..20), service in any_service(), at in 0usize..20, now in any_pod(), max in 1usize..6,
+        ) {
+            let pods = |kinds: &[Kind]| -> Vec<Arc<Pod>> { kinds.iter().enumerate().map(|(i, kind)| kind.pod(i)).collect() };
+            let mut slices = Vec::new();
+            apply(&mut slices, run_with(&service, &pods(&kinds), &[], max), &mut 0);
+            let mut changed = kinds.clone();
+            changed[at % kinds.len()] = now;
+            let changes = run_with(&service, &pods(&changed), &slices, max);
+            let written = changes.create.len() + changes.update.len() + changes.delete.len();
+            prop_assert!(written <= 2 * families(&service, &[]).len(), "{} writes", written);
+        }
+    }
+
+    /// What pods differ in.
+    #[derive(Clone, Debug)]
+    struct Kind {
+        ready: bool,
+        leaving: bool,
+        finished: bool,
+        known_node: bool,
+        /// What the named port is in this pod, if it has it.
+        number: Option<i32>,
+        v4: bool,
+        v6: bool,
+    }
+
+    impl Kind {
+        fn pod(&self, i: usize) -> Arc<Pod> {
+            let mut ips = Vec::new();
+            if self.v6 {
+                ips.push(json!({"ip": format!("fd00::{:x}", i + 1)}));
+            }
+            if self.v4 {
+                ips.push(json!({"ip": format!("10.0.0.{}", i + 1)}));
+            }
+            let ports = self.number.map(|n| vec![json!({"name": "web", "containerPort": n})]).unwrap_or_default();
+            let mut extra = json!({
+                "spec": {"nodeName": if self.known_node { "n1" } else { "n9" }, "containers": [{"name": "c", "ports": ports}]},
+                "status": {"podIPs": ips, "phase": if self.finished { "Failed" } else { "Running" }}
+            });
+            if self.leaving {
+                extra["metadata"] = json!({"deletionTimestamp": "2026-01-01T00:00:00Z"});
+            }
+            pod_with(&format!("p{i}"), "", self.ready, extra)
+        }
+    }
+
+    fn any_pod() -> impl Strategy<Value = Kind> {
+        let flags = (any::<bool>(), prop::bool::weighted(0.2), prop::bool::weighted(0.1), prop::bool::weighted(0.9));
+        let ports = prop_oneof![3 => Just(Some(9000)), 2 => Just(Some(9001)), 1 => Just(None)];
+        (flags, ports, prop::bool::weighted(0.9), any::<bool>()).prop_map(
+            |((ready, leaving, finished, known_node), number, v4, v6)| Kind {
+                ready,
+                leaving,
+                finished,
+                known_node,
+                number,
+                v4,
+                v6,
+            },
+        )
+    }
+
+    fn any_service() -> impl Strategy<Value = Service> {
+        let families = prop_oneof![
+            Just(json!(["IPv4"])),
+            Just(json!(["IPv6"])),
+            Just(json!(["IPv4", "IPv6"])),
+            Just(json!(["IPv6", "IPv4"])),
+        ];
+        let ports = prop_oneof![
+            Just(json!([{"name": "a", "port": 80, "targetPort": 8080}])),
+            Just(json!([{"name": "a", "port": 80, "targetPort": "web"}])),
+            Just(
+                json!([{"name": "a", "port": 80, "targetPort": "web"}, {"name": "b", "port": 81, "targetPort": 8081}])
+            ),
+        ];
+        let distribution = prop_oneof![Just(Value::Null), Just(json!("PreferSameZone")), Just(json!("PreferSameNode"))];
+        (families, ports, distribution, prop::bool::weighted(0.2), prop_oneof![Just("None"), Just("10.96.0.5")])
+            .prop_map(|(families, ports, distribution, publish, ip)| {
+                web(json!({"ipFamilies": families, "ports": ports, "trafficDistribution": distribution,
+                    "publishNotReadyAddresses": publish, "clusterIP": ip}))
+            })
+    }
+
+    /// What somebody does to a slice, if there is one.
+    fn any_tampering() -> impl Strategy<Value = (u8, usize)> {
+        (0u8..7, any::<usize>())
+    }
+
+    fn tamper(slices: &mut Vec<Arc<EndpointSlice>>, (act, at): &(u8, usize)) {
+        if slices.is_empty() {
+            return;
+        }
+        let at = at % slices.len();
+        let slice = Arc::make_mut(&mut slices[at]);
+        let endpoints = slice.endpoints.get_or_insert_default();
+        match act {
+            0 => drop(slices.remove(at)),
+            1 => drop(endpoints.pop()),
+            2 => endpoints.extend(endpoints.first().cloned()),
+            3 => endpoints.push(Endpoint { addresses: vec!["192.0.2.1".into()], ..Default::default() }),
+            4 => drop(slice.metadata.labels.get_or_insert_default().insert("team".into(), "x".into())),
+            5 => drop(slice.ports.take()),
+            _ => {}
+        }
+    }
+
+    fn wanted(service: &Service, pods: &[Arc<Pod>]) -> Vec<(String, String, Vec<String>, Option<bool>)> {
+        let spec = service.spec.as_ref().unwrap();
+        let publish = spec.publish_not_ready_addresses == Some(true);
+        let mut all = Vec::new();
+        for family in spec.ip_families.as_ref().unwrap() {
+            for pod in pods {
+                let (pod_spec, status) = (pod.spec.as_ref().unwrap(), pod.status.as_ref().unwrap());
+                let known = pod_spec.node_name.as_deref() == Some("n1");
+                if status.phase.as_deref() == Some("Failed") || !(known || publish) {
+                    continue;
+                }
+                let colon = family == "IPv6";
+                let Some(ip) = status.pod_ips.iter().flatten().find(|ip| ip.ip.contains(':') == colon) else {
+                    continue;
+                };
+                let mut ports = Vec::new();
+                for port in spec.ports.as_ref().unwrap() {
+                    let number = match port.target_port.as_ref().unwrap() {
+                        IntOrString::Int(number) => Some(*number),
+                        IntOrString::String(_) => {
+                            pod_spec.containers[0].ports.as_ref().and_then(|p| p.first()).map(|p| p.container_port)
+                        }
+                    };
+                    ports.extend(number.map(|n| format!("{:?} {:?}", port.name.as_deref(), Some(n))));
+                }
+                let ready = status.conditions.as_ref().unwrap()[0].status == "True"
+                    && pod.metadata.deletion_timestamp.is_none();
+                all.push((family.clone(), ip.ip.clone(), ports, Some(ready || publish)));
+            }
+        }
+        all.sort();
+        all
     }
 }
