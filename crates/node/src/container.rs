@@ -22,7 +22,7 @@ use crate::image::Image;
 use crate::kubelet::NodeContext;
 use crate::log::{LogSink, Stream};
 use crate::oci::{self, Bind, ContainerSpec, Limits, ProcessSpec, Propagation};
-use crate::runtime::{Console, Process, RootFs, RuntimeError, kill_in_container, remove_dir};
+use crate::runtime::{Console, Process, RootFs, RuntimeError, entries, kill_in_container, remove_dir};
 use crate::sandbox::Sandbox;
 use crate::volume;
 
@@ -171,6 +171,8 @@ pub(crate) enum StartError {
     Config(String),
     /// It could not be made: reason `CreateContainerError`, tried again.
     Create(String),
+    /// Its image was removed from the store since it was found.
+    ImageGone,
     /// The runtime could not start its program: the run counts as ended with code 128 and reason `StartError`.
     Start(String),
 }
@@ -221,6 +223,10 @@ pub(crate) async fn start(request: &StartRequest<'_>) -> Result<Running, StartEr
     let id = uuid::Uuid::new_v4().simple().to_string();
     let bundle = request.run_dir.join("c").join(&id);
     fs::create_dir_all(bundle.join("rootfs")).map_err(|e| create("make the bundle", e))?;
+    if !claim(request, &bundle).map_err(|e| create("claim the image", e))? {
+        let _ = remove_dir(&bundle);
+        return Err(StartError::ImageGone);
+    }
     let layer_dir = request.state_dir.join("c").join(&id);
     fs::create_dir_all(&layer_dir).map_err(|e| create("make the writable layer", e))?;
     let rootfs = if context.overlay {
@@ -297,6 +303,53 @@ pub(crate) async fn start(request: &StartRequest<'_>) -> Result<Running, StartEr
         gone: CancellationToken::new(),
         message_file,
     })
+}
+
+/// What a bundle says about its image, for whoever wants to remove that. See [`image_users`].
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Claim {
+    image: String,
+    user: String,
+}
+
+const CLAIM: &str = "image.json";
+
+/// Notes that this run uses its image and then looks whether that is still there: whoever removes an image looks for notes
+/// afterwards, so one of the two sees the other.
+fn claim(request: &StartRequest<'_>, bundle: &Path) -> io::Result<bool> {
+    let meta = &request.pod.metadata;
+    let claim = Claim {
+        image: request.image.id.clone(),
+        user: format!(
+            "container {} of pod {}/{}",
+            request.container.name,
+            meta.namespace.as_deref().unwrap_or_default(),
+            meta.name.as_deref().unwrap_or_default()
+        ),
+    };
+    fs::write(bundle.join(CLAIM), serde_json::to_vec(&claim)?)?;
+    request.context.config.images.holds(request.image).map_err(io::Error::other)
+}
+
+/// The containers that run from each image, by image id, of all kubelets that keep their run-time state in `run_dir`. Works
+/// beside them, from another process too.
+///
+/// # Errors
+/// A directory cannot be read.
+pub fn image_users(run_dir: &Path) -> io::Result<BTreeMap<String, Vec<String>>> {
+    let mut users: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for node in entries(&run_dir.join("node"))? {
+        for pod in entries(&node.join("pods"))? {
+            for bundle in entries(&pod.join("c"))? {
+                // A bundle may go away while we look.
+                let Ok(bytes) = fs::read(bundle.join(CLAIM)) else { continue };
+                let Ok(claim) = serde_json::from_slice::<Claim>(&bytes) else { continue };
+                users.entry(claim.image).or_default().push(claim.user);
+            }
+        }
+    }
+    users.values_mut().for_each(|list| list.sort());
+    Ok(users)
 }
 
 type Connected = (Process, Option<OwnedFd>, Option<Terminal>);

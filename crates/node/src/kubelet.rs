@@ -11,7 +11,7 @@ use futures::StreamExt;
 use ipnet::IpNet;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::{Node, ObjectReference, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference};
 use kube::api::{Api, Patch, PatchParams, PostParams};
 use kube::runtime::{WatchStreamExt, watcher};
@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::{KubeApi, NodeApi};
+use crate::api::{EventType, KubeApi, NodeApi};
 use crate::config::{Error, NodeConfig};
 use crate::runtime::{Runtime, cgroup_parent, cleanup_node, overlay_works_in};
 use crate::sandbox::AddressPool;
@@ -123,6 +123,7 @@ impl Kubelet {
         let api: Arc<dyn NodeApi> = Arc::new(KubeApi::new(client.clone(), &config.name));
         let kubelet = Kubelet::prepare(config, api).await?;
         kubelet.register(&client).await?;
+        kubelet.tell_conditions();
         gate.ready();
         tokio::spawn(kubelet.clone().heartbeat(client.clone(), shutdown.clone()));
         tokio::spawn(kubelet.clone().watch(client, shutdown));
@@ -172,8 +173,11 @@ impl Kubelet {
             api,
             config,
         };
+        let about = node_reference(&context.config.name);
+        context.api.event(&about, EventType::Normal, "Starting", "Starting kubelet.".to_string());
         if !context.limits_available {
-            tracing::info!(node = %context.config.name, "cgroups cannot be used here, resource limits of pods have no effect");
+            let text = "cgroups for cpu and memory cannot be made on this machine: resource limits of containers have no effect";
+            context.api.event(&about, EventType::Warning, "FailedNodeAllocatableEnforcement", text.to_string());
         }
         Ok(Kubelet {
             inner: Arc::new(Inner { context: Arc::new(context), pods: Mutex::default(), workers: TaskTracker::new() }),
@@ -319,6 +323,16 @@ impl Kubelet {
         Ok(())
     }
 
+    /// The events of a node whose conditions have just become what they stay.
+    fn tell_conditions(&self) {
+        let context = &self.inner.context;
+        let name = &context.config.name;
+        for reason in ["NodeHasSufficientMemory", "NodeHasNoDiskPressure", "NodeHasSufficientPID", "NodeReady"] {
+            let text = format!("Node {name} status is now: {reason}");
+            context.api.event(&node_reference(name), EventType::Normal, reason, text);
+        }
+    }
+
     async fn heartbeat(self, client: kube::Client, shutdown: CancellationToken) {
         let context = &self.inner.context;
         let nodes: Api<Node> = Api::all(client.clone());
@@ -376,6 +390,16 @@ async fn renew(leases: &Api<Lease>, nodes: &Api<Node>, name: &str) -> Result<(),
             Ok(())
         }
         other => other.map(|_| ()),
+    }
+}
+
+/// A reference to the node for its events. Kubelets give the name as the uid, and clients look for it.
+fn node_reference(name: &str) -> ObjectReference {
+    ObjectReference {
+        kind: Some("Node".to_string()),
+        name: Some(name.to_string()),
+        uid: Some(name.to_string()),
+        ..ObjectReference::default()
     }
 }
 
@@ -479,24 +503,28 @@ fn disk_bytes(dir: &Path) -> u64 {
     nix::sys::statvfs::statvfs(dir).map_or(0, |s| s.blocks() * s.fragment_size())
 }
 
-/// Whether this process may make cgroups for memory and CPU.
+/// Whether this process may make cgroups that limit memory and CPU.
 fn limits_available(parent: &str) -> bool {
     let name = parent.trim_start_matches('/');
     let root = Path::new("/sys/fs/cgroup");
-    let unified = root.join("cgroup.controllers");
-    let places: Vec<PathBuf> = if unified.exists() {
-        let controllers = fs::read_to_string(unified).unwrap_or_default();
-        if !["cpu", "memory"].iter().all(|c| controllers.split_whitespace().any(|have| have == *c)) {
-            return false;
+    let holds = |dir: PathBuf, files: &[&str]| {
+        let made = fs::create_dir(&dir).is_ok() || dir.is_dir();
+        // The kernel fills the directory of a cgroup with the files of what can be limited there.
+        let filled = || made && files.iter().all(|file| dir.join(file).exists());
+        let mut works = filled();
+        if !works
+            && made
+            && let Some(above) = dir.parent()
+        {
+            let _ = fs::write(above.join("cgroup.subtree_control"), "+cpu +memory");
+            works = filled();
         }
-        vec![root.join(name)]
-    } else {
-        ["cpu", "memory"].iter().map(|c| root.join(c).join(name)).collect()
+        let _ = fs::remove_dir(&dir);
+        works
     };
-    places.iter().all(|dir| {
-        let made = fs::create_dir(dir).is_ok() || dir.is_dir();
-        let _ = fs::remove_dir(dir);
-        // On an ordinary file system the directory could be made too, but it would not fill itself.
-        made && dir.parent().is_some_and(|p| p.join("cgroup.procs").exists())
-    })
+    if root.join("cgroup.controllers").exists() {
+        return holds(root.join(name), &["memory.max", "cpu.max"]);
+    }
+    holds(root.join("memory").join(name), &["memory.limit_in_bytes"])
+        && holds(root.join("cpu").join(name), &["cpu.cfs_quota_us"])
 }

@@ -33,6 +33,7 @@ mod worker;
 
 pub use api::{BoundToken, EventType, KubeApi, LookupError, NodeApi};
 pub use config::{Error, NodeConfig, RuntimeConfig};
+pub use container::image_users;
 pub use image::ImageStore;
 pub use kubelet::Kubelet;
 pub use names::{pod_netns, pod_netns_in};

@@ -221,6 +221,48 @@ pub fn go_seconds(duration: Duration) -> String {
     }
 }
 
+/// A duration as Go prints it, cut to milliseconds: `313ms`, `1.594s`, `1m0.5s`.
+pub fn go_millis(duration: Duration) -> String {
+    let millis = duration.as_millis();
+    if millis == 0 {
+        return "0s".to_string();
+    }
+    if millis < 1000 {
+        return format!("{millis}ms");
+    }
+    let (hours, minutes) = (millis / 3_600_000, millis / 60_000 % 60);
+    let seconds = format!("{}.{:03}", millis / 1000 % 60, millis % 1000);
+    let seconds = seconds.trim_end_matches('0').trim_end_matches('.');
+    match (hours, minutes) {
+        (0, 0) => format!("{seconds}s"),
+        (0, m) => format!("{m}m{seconds}s"),
+        (h, m) => format!("{h}h{m}m{seconds}s"),
+    }
+}
+
+/// The waits between attempts to pull one image for one pod: 10 s doubling to five minutes, over when a pull succeeds or the
+/// last failure is twice the maximum ago (the kubelet's image back-off).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PullBackoff {
+    delay: Duration,
+    failed_at: Option<Timestamp>,
+}
+
+impl PullBackoff {
+    /// Notes a failure at `now`.
+    pub fn failed(&mut self, now: Timestamp) {
+        let rested = self.failed_at.is_none_or(|at| now.duration_since(at) > as_signed(2 * MAX_BACKOFF));
+        self.delay = if rested { FIRST_BACKOFF } else { (self.delay * 2).min(MAX_BACKOFF) };
+        self.failed_at = Some(now);
+    }
+
+    /// When the next attempt may be made; `None` if at once.
+    pub fn until(&self, now: Timestamp) -> Option<Timestamp> {
+        let until = self.failed_at?.saturating_add(as_signed(self.delay)).unwrap_or(Timestamp::MAX);
+        (until > now).then_some(until)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -361,5 +403,38 @@ mod tests {
         for (seconds, text) in [(10, "10s"), (40, "40s"), (80, "1m20s"), (300, "5m0s"), (3600, "1h0m0s")] {
             assert_eq!(go_seconds(Duration::from_secs(seconds)), text);
         }
+    }
+
+    #[test]
+    fn short_durations_print_as_in_go() {
+        for (millis, text) in [
+            (0, "0s"),
+            (313, "313ms"),
+            (1000, "1s"),
+            (1594, "1.594s"),
+            (60_500, "1m0.5s"),
+            (120_000, "2m0s"),
+            (3_600_001, "1h0m0.001s"),
+        ] {
+            assert_eq!(go_millis(Duration::from_millis(millis)), text);
+        }
+    }
+
+    #[test]
+    fn pulls_wait_longer_after_each_failure() {
+        let mut backoff = PullBackoff::default();
+        assert_eq!(backoff.until(at(0)), None);
+        let mut now = 0;
+        let mut waits = Vec::new();
+        for _ in 0..7 {
+            backoff.failed(at(now));
+            let until = backoff.until(at(now)).unwrap().as_second();
+            waits.push(until - now);
+            now = until;
+            assert_eq!(backoff.until(at(now)), None);
+        }
+        assert_eq!(waits, [10, 20, 40, 80, 160, 300, 300]);
+        backoff.failed(at(now + 601));
+        assert_eq!(backoff.until(at(now + 601)), Some(at(now + 611)), "a long rest starts over");
     }
 }

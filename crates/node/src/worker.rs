@@ -18,9 +18,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::{EventType, LookupError, pod_reference};
 use crate::container::{self, Running, StartError, StartRequest};
-use crate::image::{Image, ImageError, Reference};
+use crate::image::{Image, ImageError, Keyring, Pulled, Reference};
 use crate::kubelet::NodeContext;
-use crate::lifecycle::{self, Backoff, Member, Outcome, Progress, RestartPolicy, Role};
+use crate::lifecycle::{self, Backoff, Member, Outcome, Progress, PullBackoff, RestartPolicy, Role};
 use crate::names::pod_dir_name;
 use crate::probe::{self, ProbeKind};
 use crate::resolv::pod_resolv_conf;
@@ -38,6 +38,8 @@ const DEFAULT_GRACE: i64 = 30;
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 /// A missing image is looked for again this often, so that an import is noticed.
 const IMAGE_RETRY: Duration = Duration::from_secs(3);
+/// A failed pull is shown as such for this long before the wait for the next one is.
+const PULL_ERROR_SHOWN: Duration = Duration::from_secs(1);
 
 /// What the kubelet last heard about a pod.
 #[derive(Clone, Debug)]
@@ -108,7 +110,7 @@ pub(crate) struct PodHandle {
 enum Note {
     Exited { index: usize, id: String, exit: Exit },
     Probe { index: usize, id: String, kind: ProbeKind, success: bool },
-    Image { index: usize, result: Result<Image, ImageError> },
+    Image { index: usize, name: String, begun: Instant, result: Box<Result<Pulled, ImageError>> },
     PostStart { index: usize, id: String, result: Result<(), String> },
 }
 
@@ -147,6 +149,11 @@ struct Slot {
     backoff: Backoff,
     backoff_told: bool,
     image: Option<Image>,
+    pull_backoff: PullBackoff,
+    /// Why the last pull failed.
+    pull_error: String,
+    /// The definition has changed under a run: the next one starts whatever the restart policy says.
+    redefined: bool,
     /// What the current or last run is made from, for the status.
     image_id: String,
     container_id: Option<String>,
@@ -166,6 +173,7 @@ impl Slot {
             Phase::Blocked { retry_at, .. } if *retry_at <= now => Progress::New,
             Phase::Blocked { .. } => Progress::Busy,
             Phase::Running(active) => Progress::Running { started: active.started },
+            Phase::Exited(_) if self.redefined => Progress::New,
             Phase::Exited(end) => {
                 Progress::Exited { code: end.exit_code, again_at: self.backoff.again_at(end.finished_at) }
             }
@@ -348,6 +356,9 @@ impl PodWorker {
                     let update = self.updates.borrow_and_update().clone();
                     self.removed |= update.removed;
                     self.pod = update.pod;
+                    if !self.deleting() && self.outcome.is_none() {
+                        self.adopt_images();
+                    }
                 }
                 Some(note) = self.notes.1.recv() => self.take(note).await,
                 () = sleep_or_forever(sleep) => {}
@@ -382,6 +393,47 @@ impl PodWorker {
         let reference = pod_reference(&self.pod, Some((slot.field(), &slot.spec.name)));
         if !self.removed {
             self.context.api.event(&reference, kind, reason, message.into());
+        }
+    }
+
+    /// Takes over what may change in a pod's containers: their images. A container that runs is stopped and started again
+    /// from the new one, whatever its restart policy (Kubernetes API, Container.image is mutable); one that waits for an image
+    /// looks for the new one.
+    fn adopt_images(&mut self) {
+        let pod = self.pod.clone();
+        let spec = spec_of(&pod);
+        for index in 0..self.slots.len() {
+            let name = &self.slots[index].spec.name;
+            let list = match self.slots[index].role {
+                Role::Regular => spec.containers.as_slice(),
+                Role::Init | Role::Sidecar => spec.init_containers.as_deref().unwrap_or_default(),
+            };
+            let Some(new) = list.iter().find(|c| c.name == *name) else { continue };
+            let slot = &mut self.slots[index];
+            if slot.spec.image == new.image {
+                continue;
+            }
+            slot.spec.image = new.image.clone();
+            slot.spec.image_pull_policy = new.image_pull_policy.clone();
+            // Waits belong to the image that was waited for.
+            slot.pull_backoff = PullBackoff::default();
+            slot.backoff = Backoff::default();
+            slot.retries = 0;
+            match &slot.phase {
+                // An init container that has begun prepares the pod once; its new image is for the next time.
+                Phase::Running(_) if slot.role == Role::Init => {}
+                Phase::Running(_) => {
+                    slot.redefined = true;
+                    let text = format!("Container {} definition changed, will be restarted", slot.spec.name);
+                    self.kill(index, self.pod_grace(), text);
+                }
+                // The answer of a pull under way is for the old image.
+                Phase::New | Phase::Pulling | Phase::Blocked { .. } => {
+                    slot.image = None;
+                    slot.phase = Phase::New;
+                }
+                Phase::Exited(_) => slot.image = None,
+            }
         }
     }
 
@@ -561,7 +613,7 @@ impl PodWorker {
 
     /// Warns once about each field that this node does not act on; ephemeral containers may come later.
     fn tell_unsupported(&mut self) {
-        let mut fields = unsupported(spec_of(&self.pod), self.context.limits_available);
+        let mut fields = unsupported(spec_of(&self.pod));
         fields.retain(|field| !self.told_unsupported.contains(field));
         if !fields.is_empty() {
             self.told_unsupported.extend(fields.iter().cloned());
@@ -626,6 +678,13 @@ impl PodWorker {
 
     /// Starts one container, or notes why it cannot be. Returns whether something changed that others may depend on.
     async fn start(&mut self, index: usize, now: Timestamp) -> bool {
+        let slot = &mut self.slots[index];
+        if let Phase::Exited(end) = &slot.phase {
+            // Whatever keeps the next run from starting: the last one is history, and its back-off has been used.
+            slot.backoff.step(end.finished_at, now);
+            slot.last = Some(end.clone());
+            slot.phase = Phase::New;
+        }
         let image = match self.slots[index].image.clone() {
             Some(image) => image,
             None => match self.find_image(index, now) {
@@ -648,6 +707,12 @@ impl PodWorker {
         };
         let result = container::start(&request).await;
         let slot = &mut self.slots[index];
+        if matches!(result, Err(StartError::ImageGone)) {
+            // Removed from the store since it was found: it is looked for again.
+            slot.image = None;
+            slot.phase = Phase::New;
+            return true;
+        }
         if let Err(StartError::Config(reason) | StartError::Create(reason)) = &result {
             let config = matches!(result, Err(StartError::Config(_)));
             let label = if config { "CreateContainerConfigError" } else { "CreateContainerError" };
@@ -661,15 +726,12 @@ impl PodWorker {
         }
         // From here on this is a run of its own, started or not.
         slot.retries = 0;
+        slot.redefined = false;
         slot.backoff_told = false;
         let log = container::log_path(&self.state_dir, &slot.spec.name, slot.attempt);
         slot.previous_log =
             slot.attempt.checked_sub(1).map(|n| container::log_path(&self.state_dir, &slot.spec.name, n));
-        let before = std::mem::replace(&mut slot.phase, Phase::New);
-        if let Phase::Exited(end) = before {
-            slot.backoff.step(end.finished_at, now);
-            slot.last = Some(end);
-        }
+        slot.phase = Phase::New;
         if slot.attempt > 0 {
             slot.restarts += 1;
             drop_old_logs(&log, slot.attempt);
@@ -677,7 +739,7 @@ impl PodWorker {
         slot.attempt += 1;
         // A later run looks the image up again, because an import may have replaced it.
         slot.image = None;
-        slot.image_id = format!("{}@{}", image_name(&image.reference), image.id);
+        slot.image_id = format!("{}@{}", image_name(&image.reference), image.digest.as_deref().unwrap_or(&image.id));
         match result {
             Ok(run) => {
                 let run = Arc::new(run);
@@ -699,7 +761,9 @@ impl PodWorker {
                 });
                 self.container_event(index, EventType::Warning, "Failed", format!("Error: {message}"));
             }
-            Err(StartError::Config(_) | StartError::Create(_)) => unreachable!("handled above"),
+            Err(StartError::Config(_) | StartError::Create(_) | StartError::ImageGone) => {
+                unreachable!("handled above")
+            }
         }
         if self.slots[index].role == Role::Regular {
             self.initialized = true;
@@ -830,7 +894,18 @@ impl PodWorker {
                 (_, None) => true,
             };
         if ask_registry {
-            self.pull(index, reference, &name);
+            let Some(until) = self.slots[index].pull_backoff.until(now) else {
+                self.pull(index, reference, &name);
+                return None;
+            };
+            // Looked at again before the time is up, because an import may bring the image meanwhile.
+            let wait = Duration::try_from(until.duration_since(now)).unwrap_or_default().min(IMAGE_RETRY);
+            let text = format!("Back-off pulling image \"{name}\"");
+            let message = format!("{text}: ErrImagePull: {}", self.slots[index].pull_error);
+            if block(self, "ImagePullBackOff", message, wait) {
+                self.container_event(index, EventType::Normal, "BackOff", text);
+                self.container_event(index, EventType::Warning, "Failed", "Error: ImagePullBackOff");
+            }
             return None;
         }
         match found {
@@ -839,7 +914,7 @@ impl PodWorker {
                     index,
                     EventType::Normal,
                     "Pulled",
-                    format!("Container image \"{name}\" already present on machine"),
+                    format!("Container image \"{name}\" already present on machine and can be accessed by the pod"),
                 );
                 Some(image)
             }
@@ -865,10 +940,15 @@ impl PodWorker {
     fn pull(&mut self, index: usize, reference: Reference, name: &str) {
         self.slots[index].phase = Phase::Pulling;
         self.container_event(index, EventType::Normal, "Pulling", format!("Pulling image \"{name}\""));
-        let (images, notes) = (self.context.config.images.clone(), self.notes.0.clone());
+        let (context, pod, notes) = (self.context.clone(), self.pod.clone(), self.notes.0.clone());
+        let name = name.to_string();
         tokio::spawn(async move {
-            let result = images.pull(&reference).await;
-            let _ = notes.send(Note::Image { index, result });
+            let begun = Instant::now();
+            let result = match keyring(&context, &pod).await {
+                Ok(keyring) => context.config.images.pull(&reference, &keyring.logins(&reference)).await,
+                Err(reason) => Err(ImageError::Pull { code: None, reference: reference.to_string(), reason }),
+            };
+            let _ = notes.send(Note::Image { index, name, begun, result: Box::new(result) });
         });
     }
 
@@ -876,7 +956,7 @@ impl PodWorker {
         match note {
             Note::Exited { index, id, exit } => self.exited(index, &id, exit).await,
             Note::Probe { index, id, kind, success } => self.probed(index, &id, kind, success),
-            Note::Image { index, result } => self.pulled(index, result),
+            Note::Image { index, name, begun, result } => self.pulled(index, &name, begun, *result),
             Note::PostStart { index, id, result } => {
                 let Some(active) = self.slots[index].active(&id) else { return };
                 active.hook_pending = false;
@@ -892,36 +972,35 @@ impl PodWorker {
         }
     }
 
-    fn pulled(&mut self, index: usize, result: Result<Image, ImageError>) {
-        if !matches!(self.slots[index].phase, Phase::Pulling) {
+    fn pulled(&mut self, index: usize, name: &str, begun: Instant, result: Result<Pulled, ImageError>) {
+        let slot = &mut self.slots[index];
+        if !matches!(slot.phase, Phase::Pulling) || slot.spec.image.as_deref() != Some(name) {
             return;
         }
-        let name = self.slots[index].spec.image.clone().unwrap_or_default();
         let now = Timestamp::now();
         match result {
-            Ok(image) => {
-                let text = format!("Successfully pulled image \"{name}\"");
-                self.slots[index].image = Some(image);
-                self.slots[index].phase = Phase::New;
-                self.slots[index].retries = 0;
+            Ok(pulled) => {
+                let text = format!(
+                    "Successfully pulled image \"{name}\" in {} ({} including waiting). Image size: {} bytes.",
+                    lifecycle::go_millis(pulled.took),
+                    lifecycle::go_millis(begun.elapsed()),
+                    pulled.size_bytes
+                );
+                slot.image = Some(pulled.image);
+                slot.phase = Phase::New;
+                slot.retries = 0;
+                slot.pull_backoff = PullBackoff::default();
                 self.container_event(index, EventType::Normal, "Pulled", text);
             }
             Err(e) => {
-                let slot = &mut self.slots[index];
-                let reason = if slot.retries == 0 { "ErrImagePull" } else { "ImagePullBackOff" };
-                let wait = Duration::from_secs(10 << slot.retries.min(5)).min(lifecycle::MAX_BACKOFF);
-                slot.retries += 1;
-                let text = format!("Failed to pull image \"{name}\": {}", chain(&e));
-                let message = if reason == "ErrImagePull" {
-                    text.clone()
-                } else {
-                    format!("Back-off pulling image \"{name}\": {}", chain(&e))
-                };
-                let retry_at = now.saturating_add(wait).unwrap_or(now);
-                slot.phase = Phase::Blocked { reason, message, retry_at };
+                let message = chain(&e);
+                slot.pull_backoff.failed(now);
+                slot.pull_error = message.clone();
+                let text = format!("Failed to pull image \"{name}\": {message}");
+                let retry_at = now.saturating_add(PULL_ERROR_SHOWN).unwrap_or(now);
+                slot.phase = Phase::Blocked { reason: "ErrImagePull", message, retry_at };
                 self.container_event(index, EventType::Warning, "Failed", text);
                 self.container_event(index, EventType::Warning, "Failed", "Error: ErrImagePull");
-                self.container_event(index, EventType::Normal, "BackOff", format!("Back-off pulling image \"{name}\""));
             }
         }
     }
@@ -1249,6 +1328,30 @@ impl PodWorker {
     }
 }
 
+/// The logins of a pod's imagePullSecrets. Those that are missing are told; a registry may do without.
+async fn keyring(context: &NodeContext, pod: &Pod) -> Result<Keyring, String> {
+    let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+    let mut keyring = Keyring::default();
+    let mut missing = Vec::new();
+    for reference in spec_of(pod).image_pull_secrets.iter().flatten() {
+        match context.api.secret(namespace, &reference.name).await {
+            Ok(secret) => keyring.add(&secret)?,
+            Err(error) => {
+                tracing::debug!(pod = pod.metadata.name, secret = reference.name, %error, "cannot read a pull secret");
+                missing.push(reference.name.as_str());
+            }
+        }
+    }
+    if !missing.is_empty() {
+        let text = format!(
+            "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
+            missing.join(", ")
+        );
+        context.api.event(&pod_reference(pod, None), EventType::Warning, "FailedToRetrieveImagePullSecret", text);
+    }
+    Ok(keyring)
+}
+
 /// The name of an image without its tag, for `imageID`.
 fn image_name(reference: &str) -> String {
     Reference::parse(reference).map_or_else(|_| reference.to_string(), |r| r.name())
@@ -1282,6 +1385,9 @@ fn slots(pod: &Pod) -> Vec<Slot> {
             backoff: Backoff::default(),
             backoff_told: false,
             image: None,
+            pull_backoff: PullBackoff::default(),
+            pull_error: String::new(),
+            redefined: false,
             image_id: String::new(),
             container_id: None,
             previous_log: None,
@@ -1291,7 +1397,7 @@ fn slots(pod: &Pod) -> Vec<Slot> {
 }
 
 /// Fields of a pod that this node does not act on, by path.
-fn unsupported(spec: &PodSpec, limits_available: bool) -> Vec<String> {
+fn unsupported(spec: &PodSpec) -> Vec<String> {
     let mut fields = Vec::new();
     let mut note = |present: bool, path: String| {
         if present {
@@ -1301,8 +1407,6 @@ fn unsupported(spec: &PodSpec, limits_available: bool) -> Vec<String> {
     let containers = spec.init_containers.iter().flatten().map(|c| ("initContainers", c));
     for (kind, container) in containers.chain(spec.containers.iter().map(|c| ("containers", c))) {
         let path = |field: &str| format!("spec.{kind}{{{}}}.{field}", container.name);
-        let limited = container.resources.as_ref().and_then(|r| r.limits.as_ref()).is_some_and(|l| !l.is_empty());
-        note(limited && !limits_available, path("resources.limits (this machine's cgroups cannot be used)"));
         note(container.restart_policy_rules.is_some(), path("restartPolicyRules"));
         let security = container.security_context.as_ref();
         let seccomp = security.and_then(|s| s.seccomp_profile.as_ref()).is_some_and(|p| p.type_ == "Localhost");
@@ -1477,9 +1581,8 @@ mod tests {
             "shareProcessNamespace": true,
             "containers": [{"name": "web", "resources": {"limits": {"memory": "1Gi"}}}]}))
         .unwrap();
-        assert_eq!(unsupported(&spec, true), ["spec.shareProcessNamespace"]);
-        assert_eq!(unsupported(&spec, false).len(), 2);
-        assert!(unsupported(&PodSpec::default(), false).is_empty());
+        assert_eq!(unsupported(&spec), ["spec.shareProcessNamespace"]);
+        assert!(unsupported(&PodSpec::default()).is_empty());
     }
 
     #[test]

@@ -163,7 +163,34 @@ pub enum Image {
     /// Add the images of an OCI layout archive or a `docker save` archive to a cluster's store
     Import(ImageImport),
     /// List the images of a cluster's store
-    List(Named),
+    List(ImageList),
+    /// Remove images that no container runs from, with the layers that no other image needs
+    #[command(alias = "rm")]
+    Remove(ImageRemove),
+}
+
+#[derive(Debug, Args)]
+pub struct ImageList {
+    #[command(flatten)]
+    pub named: Named,
+    /// Where the cluster keeps its data [default: that of the running cluster, else /var/lib/portolan/NAME]
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct ImageRemove {
+    #[command(flatten)]
+    pub named: Named,
+    /// Where the cluster keeps its data [default: that of the running cluster, else /var/lib/portolan/NAME]
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Remove every image that no container runs from
+    #[arg(long, conflicts_with = "images")]
+    pub unused: bool,
+    /// References (nginx:1.27) or ids (sha256:...) as `portolan image list` shows them
+    #[arg(value_name = "IMAGE", required_unless_present = "unused")]
+    pub images: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use portolan_node::ImageStore;
+use portolan_node::{ImageStore, image_users};
 
 use crate::args;
 use crate::state::Paths;
@@ -19,12 +19,25 @@ pub fn run(command: args::Image) -> Result<()> {
                 println!("imported {reference}");
             }
         }
-        args::Image::List(named) => {
-            for image in open(&named, None)?.list()? {
+        args::Image::List(args) => {
+            for image in open(&args.named, args.data_dir)?.list()? {
                 let size_mib = image.size_bytes / (1024 * 1024);
                 for reference in &image.references {
                     println!("{reference}  {}  {size_mib} MiB", image.id);
                 }
+                // Its names were given to a newer image.
+                if image.references.is_empty() {
+                    println!("<none>  {}  {size_mib} MiB", image.id);
+                }
+            }
+        }
+        args::Image::Remove(args) => {
+            let store = open(&args.named, args.data_dir)?;
+            let run = Paths::new(&args.named.name).run;
+            let users = || image_users(&run);
+            let removed = if args.unused { store.remove_unused(users) } else { store.remove(&args.images, users) };
+            for name in removed? {
+                println!("removed {name}");
             }
         }
     }

@@ -1,5 +1,7 @@
 //! Helpers of the tests: waiting with a deadline, running commands, a standalone cluster of a test's own.
 
+pub mod registry;
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -8,10 +8,11 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::layer::{self, Hashing};
-use super::{ImageConfig, ImageError, NewImage, Reference, StoredImage, file_error};
+use super::zstd;
+use super::{ImageConfig, ImageError, NewImage, Reference, StoredImage, file_error, unnamed_file};
 
 /// Manifests and configurations are small; a larger one is not what it claims to be.
-const MAX_JSON_BYTES: u64 = 8 << 20;
+pub(super) const MAX_JSON_BYTES: u64 = 8 << 20;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -28,6 +29,9 @@ pub(super) struct Descriptor {
     #[serde(default)]
     pub(super) media_type: String,
     pub(super) digest: String,
+    /// Bytes.
+    #[serde(default)]
+    pub(super) size: u64,
     #[serde(default)]
     annotations: BTreeMap<String, String>,
     #[serde(default)]
@@ -40,9 +44,17 @@ struct Platform {
     os: String,
 }
 
+impl Descriptor {
+    /// Whether an entry of an index is an image that this machine can run. Attestations ride along as manifests for the
+    /// platform unknown/unknown.
+    pub(super) fn is_for_this_machine(&self) -> bool {
+        self.platform.as_ref().is_none_or(|p| p.os == "linux" && p.architecture == architecture())
+    }
+}
+
 #[derive(Deserialize)]
-struct OciIndex {
-    manifests: Vec<Descriptor>,
+pub(super) struct OciIndex {
+    pub(super) manifests: Vec<Descriptor>,
 }
 
 #[derive(Deserialize)]
@@ -138,17 +150,10 @@ fn plain(path: &Path, store: &Path) -> Result<File, ImageError> {
     if n < 2 || magic != [0x1f, 0x8b] {
         return Ok(file);
     }
-    let copy_path = store.join("tmp").join(uuid::Uuid::new_v4().simple().to_string());
-    let mut copy = File::options()
-        .create_new(true)
-        .read(true)
-        .write(true)
-        .open(&copy_path)
-        .map_err(file_error("create", &copy_path))?;
-    std::fs::remove_file(&copy_path).map_err(file_error("remove", &copy_path))?;
+    let mut copy = unnamed_file(store)?;
     io::copy(&mut flate2::read::MultiGzDecoder::new(BufReader::new(file)), &mut copy)
         .map_err(file_error("decompress", path))?;
-    copy.seek(SeekFrom::Start(0)).map_err(file_error("read", &copy_path))?;
+    copy.seek(SeekFrom::Start(0)).map_err(file_error("read", path))?;
     Ok(copy)
 }
 
@@ -273,8 +278,8 @@ pub(super) fn decompress(mut reader: impl Read + 'static) -> io::Result<Box<dyn 
     let whole = io::Cursor::new(magic[..n].to_vec()).chain(reader);
     if magic.starts_with(&[0x1f, 0x8b]) {
         Ok(Box::new(flate2::read::MultiGzDecoder::new(BufReader::new(whole))))
-    } else if magic == [0x28, 0xb5, 0x2f, 0xfd] {
-        Err(io::Error::other("the layer is compressed with zstd; save the image with gzip or no compression"))
+    } else if zstd::begins(magic) {
+        Ok(Box::new(zstd::Decoder::new(BufReader::new(whole))))
     } else {
         Ok(Box::new(whole))
     }
@@ -331,7 +336,7 @@ fn docker(archive: &Archive, path: &Path, store: &Path) -> Result<Vec<NewImage>,
                 config: config.config.unwrap_or_default(),
                 layers,
                 size_bytes,
-                manifest_digest: None,
+                digests: Vec::new(),
                 from_registry: false,
             },
         });
@@ -367,7 +372,7 @@ fn oci(archive: &Archive, path: &Path, store: &Path) -> Result<Vec<NewImage>, St
                 config: config.config.unwrap_or_default(),
                 layers,
                 size_bytes,
-                manifest_digest: Some(digest),
+                digests: vec![digest],
                 from_registry: false,
             },
         });
@@ -387,10 +392,8 @@ fn choose(archive: &Archive, descriptor: Descriptor, depth: usize) -> Result<Opt
     }
     let index: OciIndex = archive.blob(&descriptor.digest)?;
     for child in index.manifests {
-        let fits = child.platform.as_ref().is_none_or(|p| p.os == "linux" && p.architecture == architecture());
-        // Attestations ride along as manifests for an unknown platform.
         let present = blob_path(&child.digest).is_ok_and(|path| archive.extent(&path).is_ok());
-        if fits && present {
+        if child.is_for_this_machine() && present {
             return choose(archive, child, depth + 1);
         }
     }

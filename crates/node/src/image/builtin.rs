@@ -47,15 +47,23 @@ impl Builtin {
         Builtin { dir, program, made: Mutex::default() }
     }
 
-    /// The image, if `reference` names a built-in one: without a tag, with `latest` or with this program's version.
-    pub(super) fn find(&self, reference: &Reference) -> Result<Option<Image>, ImageError> {
-        let Some(name) = NAMES.into_iter().find(|name| *name == reference.name()) else { return Ok(None) };
+    /// The name of a built-in image, if `reference` is one: without a tag, with `latest` or with this program's version.
+    fn name(reference: &Reference) -> Option<&'static str> {
+        let name = NAMES.into_iter().find(|name| *name == reference.name())?;
         let tags = ["latest", env!("CARGO_PKG_VERSION")].map(|tag| format!("{name}:{tag}"));
-        if !tags.contains(&reference.to_string()) {
-            return Ok(None);
-        }
+        tags.contains(&reference.to_string()).then_some(name)
+    }
+
+    /// Whether `reference` names a built-in image.
+    pub(super) fn is(&self, reference: &Reference) -> bool {
+        Builtin::name(reference).is_some()
+    }
+
+    /// The image, if `reference` names a built-in one.
+    pub(super) fn find(&self, reference: &Reference) -> Result<Option<Image>, ImageError> {
+        let Some(name) = Builtin::name(reference) else { return Ok(None) };
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        let normal = tags[0].clone();
+        let normal = format!("{name}:latest");
         if let Some(image) = made.iter().find(|image| image.reference == normal) {
             return Ok(Some(image.clone()));
         }
@@ -117,6 +125,7 @@ impl Builtin {
             binds: root.binds,
             wants_identity: name == ECHO,
             from_registry: false,
+            digest: None,
             size_bytes,
         })
     }

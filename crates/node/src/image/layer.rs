@@ -48,6 +48,31 @@ pub(super) fn dir_name(diff_id: &str) -> Option<String> {
     (hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit())).then(|| hex[..24].to_ascii_lowercase())
 }
 
+/// A layer that is there: its directory's name and the bytes that it holds.
+pub(super) fn present(store: &Path, diff_id: &str) -> Option<(String, u64)> {
+    let name = dir_name(diff_id)?;
+    if !store.join("layers").join(&name).exists() {
+        return None;
+    }
+    let size_file = store.join("layers").join(format!("{name}.size"));
+    let size = fs::read_to_string(size_file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    Some((name, size))
+}
+
+/// Removes a layer. Its content goes to the side first, so that what remains under its name is always whole.
+pub(super) fn remove(store: &Path, name: &str) -> io::Result<()> {
+    let aside = store.join("tmp").join(uuid::Uuid::new_v4().simple().to_string());
+    match fs::rename(store.join("layers").join(name), &aside) {
+        Ok(()) => fs::remove_dir_all(&aside)?,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e),
+    }
+    match fs::remove_file(store.join("layers").join(format!("{name}.size"))) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
 /// Unpacks the layer with this digest of its uncompressed bytes into `{store}/layers`, unless it is there.
 /// Returns its directory's name and the bytes that it holds.
 pub(super) fn unpack(
@@ -58,9 +83,8 @@ pub(super) fn unpack(
     let name = dir_name(diff_id).ok_or_else(|| io::Error::other(format!("layer digest {diff_id:?} is not sha256")))?;
     let target = store.join("layers").join(&name);
     let size_file = store.join("layers").join(format!("{name}.size"));
-    if target.exists() {
-        let size = fs::read_to_string(&size_file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
-        return Ok((name, size));
+    if let Some(present) = present(store, diff_id) {
+        return Ok(present);
     }
     let staging = store.join("tmp").join(uuid::Uuid::new_v4().simple().to_string());
     fs::create_dir_all(&staging)?;

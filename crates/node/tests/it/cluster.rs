@@ -36,6 +36,15 @@ pub fn program() -> PathBuf {
 
 impl Node {
     pub async fn start(name: &str) -> Node {
+        Node::start_with(name, |_| {}).await
+    }
+
+    /// A node whose images come from registries when they are missing.
+    pub async fn pulling(name: &str) -> Node {
+        Node::start_with(name, |config| config.allow_pull = true).await
+    }
+
+    async fn start_with(name: &str, change: impl FnOnce(&mut NodeConfig)) -> Node {
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("ptln-{name}-{}-{n}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
@@ -46,7 +55,7 @@ impl Node {
         set_sysctl(&netns, "net/ipv4/ip_forward", "1").unwrap();
         let resolv = dir.join("resolv.conf");
         std::fs::write(&resolv, "nameserver 192.0.2.53\nsearch host.example\n").unwrap();
-        let config = NodeConfig {
+        let mut config = NodeConfig {
             name: "node-1".into(),
             zone: "zone-a".into(),
             netns: netns.clone(),
@@ -62,6 +71,7 @@ impl Node {
             host_resolv_conf: Some(resolv),
             max_pods: 110,
         };
+        change(&mut config);
         let api = Arc::new(FakeApi::default());
         let kubelet = Kubelet::prepare(config.clone(), api.clone()).await.unwrap();
         Node { dir, netns, api, kubelet, config }

@@ -1,54 +1,24 @@
 //! Images from archives: both formats, shared layers, whiteouts, and a pod that runs from one.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use portolan_node::ImageStore;
-use portolan_node::image::Reference;
+use portolan_node::image::{ImageError, Reference};
+use portolan_testkit::registry::{digest, gzip, shell_layer, tar};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use crate::cluster::{Node, program};
 
-fn digest(bytes: &[u8]) -> String {
-    let hex: String = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
-    format!("sha256:{hex}")
+fn names(list: &[&str]) -> Vec<String> {
+    list.iter().map(|name| name.to_string()).collect()
 }
 
-fn tar(files: &[(&str, Vec<u8>)]) -> Vec<u8> {
-    let mut builder = tar::Builder::new(Vec::new());
-    for (path, content) in files {
-        let mut header = tar::Header::new_gnu();
-        header.set_size(content.len() as u64);
-        header.set_mode(0o755);
-        header.set_uid(0);
-        header.set_gid(0);
-        header.set_mtime(0);
-        builder.append_data(&mut header, path, &content[..]).unwrap();
-    }
-    builder.into_inner().unwrap()
-}
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    encoder.write_all(bytes).unwrap();
-    encoder.finish().unwrap()
-}
-
-/// A layer with a shell and all that it needs, and one that changes it.
-fn layers() -> [Vec<u8>; 2] {
-    let mut files = Vec::new();
-    let list = std::process::Command::new("/lib64/ld-linux-x86-64.so.2").args(["--list", "/bin/sh"]).output().unwrap();
-    for word in String::from_utf8_lossy(&list.stdout).split_whitespace().filter(|w| w.starts_with('/')) {
-        files.push((word.trim_start_matches('/').to_string(), std::fs::read(word).unwrap()));
-    }
-    files.push(("bin/sh".into(), std::fs::read("/bin/sh").unwrap()));
-    files.push(("etc/passwd".into(), b"root:x:0:0::/:/bin/sh\napp:x:77:78::/:/bin/sh\n".to_vec()));
-    files.push(("data/old".into(), b"old".to_vec()));
-    files.push(("data/kept".into(), b"kept".to_vec()));
-    let files: Vec<(&str, Vec<u8>)> = files.iter().map(|(p, c)| (p.as_str(), c.clone())).collect();
+/// A layer with a shell and all that it needs, and one that adds to it and takes something away.
+fn layers() -> [Vec<u8>; 3] {
+    let passwd = b"root:x:0:0::/:/bin/sh\napp:x:77:78::/:/bin/sh\n".to_vec();
+    let data = [("etc/passwd", passwd), ("data/old", b"old".to_vec()), ("data/kept", b"kept".to_vec())];
     let upper = [("data/.wh.old", Vec::new()), ("data/new", b"new".to_vec())];
-    [tar(&files), tar(&upper)]
+    [shell_layer(), tar(&data), tar(&upper)]
 }
 
 fn config(layers: &[Vec<u8>]) -> Vec<u8> {
@@ -63,14 +33,14 @@ fn config(layers: &[Vec<u8>]) -> Vec<u8> {
 fn docker_archive(dir: &Path) -> PathBuf {
     let layers = layers();
     let config = config(&layers);
-    let manifest =
-        json!([{"Config": "config.json", "RepoTags": ["shop/app:1"], "Layers": ["a/layer.tar", "b/layer.tar"]}]);
+    let manifest = json!([{"Config": "config.json", "RepoTags": ["shop/app:1"], "Layers": ["a/layer.tar", "b/layer.tar", "c/layer.tar"]}]);
     let path = dir.join("docker.tar");
-    let [lower, upper] = layers;
+    let [shell, lower, upper] = layers;
     let files = [
         ("config.json", config),
-        ("a/layer.tar", lower),
-        ("b/layer.tar", upper),
+        ("a/layer.tar", shell),
+        ("b/layer.tar", lower),
+        ("c/layer.tar", upper),
         ("manifest.json", manifest.to_string().into_bytes()),
     ];
     std::fs::write(&path, tar(&files)).unwrap();
@@ -118,7 +88,7 @@ async fn an_imported_image_runs_with_its_layers_user_and_defaults() {
     }
     let stored = std::fs::read_dir(node.dir.join("images/layers")).unwrap().flatten();
     let count = stored.filter(|e| e.path().is_dir()).count();
-    assert_eq!(count, 2, "both images share their layers");
+    assert_eq!(count, 3, "both images share their layers");
     let list = images.list().unwrap();
     assert_eq!(list.iter().filter(|i| i.built_in).count(), 3);
     // The same configuration is the same image under two names.
@@ -152,4 +122,71 @@ fn bad_archives_store_nothing_and_say_why() {
     assert!(store.find(&Reference::parse("a:1").unwrap()).unwrap().is_none());
     assert_eq!(store.list().unwrap().len(), 3, "only the built-in images");
     std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_that_nobody_uses_can_be_removed() {
+    let node = Node::start("remove").await;
+    let images = &node.config.images;
+    let run_dir = node.config.run_dir.clone();
+    let users = || portolan_node::image_users(&run_dir);
+    let layer_count = || {
+        let stored = std::fs::read_dir(node.dir.join("images/layers")).unwrap().flatten();
+        stored.filter(|e| e.path().is_dir()).count()
+    };
+    images.import(&docker_archive(&node.dir)).unwrap();
+    let other = {
+        let layers = [shell_layer()];
+        let config = portolan_testkit::registry::shell_config(&layers, "echo other").to_string().into_bytes();
+        let manifest = json!([{"Config": "c", "RepoTags": ["other:1", "other:2"], "Layers": ["l"]}]).to_string();
+        let path = node.dir.join("other.tar");
+        let [layer] = layers;
+        std::fs::write(&path, tar(&[("c", config), ("l", layer), ("manifest.json", manifest.into_bytes())])).unwrap();
+        path
+    };
+    images.import(&other).unwrap();
+    assert_eq!(layer_count(), 3, "the shell is in both");
+
+    let sleeper = json!({"terminationGracePeriodSeconds": 1, "containers": [{"name": "main", "image": "shop/app:1",
+        "stdin": true, "args": ["read line"]}]});
+    let pod = node.run("user", sleeper);
+    node.api.ready("user").await;
+    let refused = images.remove(&names(&["other:1", "shop/app:1"]), users).unwrap_err();
+    let text = refused.to_string();
+    assert!(text.contains("shop/app:1 is used by container main of pod shop/user"), "{text}");
+    for (name, expected) in [
+        ("nope:1", "there is no image nope:1"),
+        ("NOT A NAME", "there is no image NOT A NAME"),
+        ("portolan.dev/echo", "portolan.dev/echo is built in"),
+        ("sha256:12", "there is no image sha256:12"),
+    ] {
+        let text = images.remove(&names(&[name]), users).unwrap_err().to_string();
+        assert!(text.contains(expected), "{text}");
+    }
+    assert_eq!(images.list().unwrap().iter().filter(|i| !i.built_in).count(), 2, "refused means untouched");
+
+    assert_eq!(images.remove(&names(&["other:1"]), users).unwrap(), ["docker.io/library/other:1"]);
+    assert!(images.find(&Reference::parse("other:2").unwrap()).unwrap().is_some(), "the other name keeps it");
+    assert_eq!(images.remove(&names(&["docker.io/library/other:2"]), users).unwrap(), ["docker.io/library/other:2"]);
+    assert_eq!(layer_count(), 3, "what runs keeps the layer that both had");
+    assert_eq!(images.remove_unused(users).unwrap(), names(&[]), "nothing is unused");
+
+    node.delete(&pod, 1);
+    node.deleted("user").await;
+    // One that starts between the two looks keeps its image.
+    let id = images.find(&Reference::parse("shop/app:1").unwrap()).unwrap().unwrap().id;
+    let asked = std::cell::Cell::new(0);
+    let late = || {
+        asked.set(asked.get() + 1);
+        let users = (asked.get() == 2).then(|| (id.clone(), names(&["it"])));
+        Ok(users.into_iter().collect())
+    };
+    assert!(matches!(images.remove(&names(&["shop/app:1"]), late), Err(ImageError::Used { .. })));
+    assert!(images.find(&Reference::parse("shop/app:1").unwrap()).unwrap().is_some(), "put back");
+    assert_eq!(images.remove_unused(users).unwrap(), ["docker.io/shop/app:1"]);
+    assert_eq!(layer_count(), 0);
+    assert!(std::fs::read_dir(node.dir.join("images/tmp")).unwrap().next().is_none(), "nothing is left aside");
+    images.import(&other).unwrap();
+    node.run("again", json!({"restartPolicy": "Never", "containers": [{"name": "main", "image": "other:2"}]}));
+    node.api.phase("again", "Succeeded").await;
 }

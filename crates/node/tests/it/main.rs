@@ -7,6 +7,7 @@ mod api;
 mod cluster;
 mod images;
 mod pods;
+mod pull;
 mod server;
 mod streams;
 mod teardown;
