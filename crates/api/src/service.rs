@@ -151,13 +151,13 @@ fn set_node_port(service: &mut Value, index: usize, number: i64) {
 /// Clears fields that the new type has no use for, if the client left them as they were.
 ///
 /// Only on update, so that a client that sets such a field itself hears of it from validation.
-pub fn drop_type_dependent_fields(new: &mut Value, old: &Value) {
+pub(crate) fn drop_type_dependent_fields(new: &mut Value, old: &Value) {
     let same = |new: &Value, field: &str| {
         let path = ["spec", field];
         meta::get(new, &path) == meta::get(old, &path)
     };
     if needs_cluster_ip(old) && !needs_cluster_ip(new) {
-        if same(new, "clusterIP") && same(new, "clusterIPs") {
+        if same(new, "clusterIPs") {
             meta::remove(new, &["spec", "clusterIP"]);
             meta::remove(new, &["spec", "clusterIPs"]);
         }

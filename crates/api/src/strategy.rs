@@ -48,7 +48,24 @@ pub fn prepare_create(kind: &Kind, new: &mut Value) {
     if kind.is("apps", "DaemonSet") {
         meta::set(new, &["metadata", "annotations", TEMPLATE_GENERATION], json!("1"));
     }
+    drop_topology(kind, new, None);
     empty_lists(kind, new);
+}
+
+/// Topology labels of endpoints are from an older version of the API: v1 clients may send the field, but it is not kept,
+/// unless an update leaves the endpoints as they are.
+fn drop_topology(kind: &Kind, new: &mut Value, old: Option<&Value>) {
+    let path = ["endpoints"];
+    if !kind.is("discovery.k8s.io", "EndpointSlice")
+        || old.is_some_and(|old| same(meta::get(new, &path), meta::get(old, &path)))
+    {
+        return;
+    }
+    for endpoint in new.get_mut("endpoints").and_then(Value::as_array_mut).into_iter().flatten() {
+        if let Some(fields) = endpoint.as_object_mut() {
+            fields.remove("deprecatedTopology");
+        }
+    }
 }
 
 /// Annotation with the number of changes to a DaemonSet's template.
@@ -168,8 +185,10 @@ fn prepare_service(new: &mut Value, old: Option<&Value>) {
     if let Some(old) = old {
         service::drop_type_dependent_fields(new, old);
     }
-    if service::service_type(new) == "ExternalName" {
-        meta::remove(new, &["spec", "internalTrafficPolicy"]);
+    // A value that is none is left for validation to refuse.
+    let policy = ["spec", "internalTrafficPolicy"];
+    if service::service_type(new) == "ExternalName" && matches!(meta::text(new, &policy), "Cluster" | "Local") {
+        meta::remove(new, &policy);
     }
 }
 
@@ -227,6 +246,7 @@ pub fn prepare_update(kind: &Kind, new: &mut Value, old: &Value, subresource: Op
             }
         }
     }
+    drop_topology(kind, new, Some(old));
     empty_lists(kind, new);
     let changed = match kind.generation {
         Generation::None => return,

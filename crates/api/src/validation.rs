@@ -62,9 +62,13 @@ pub fn validate_update(kind: &Kind, new: &Value, old: &Value, subresource: Optio
     faults.list
 }
 
-/// Texts for `Warning` headers of an accepted write.
-pub fn warnings(kind: &Kind, new: &Value, old: Option<&Value>) -> Vec<String> {
-    if kind.custom { Vec::new() } else { warning::of(kind, new, old) }
+/// Texts for `Warning` headers of an accepted write. `subresource` is the one written through, if any.
+pub fn warnings(kind: &Kind, new: &Value, old: Option<&Value>, subresource: Option<&str>) -> Vec<String> {
+    match subresource {
+        _ if kind.custom => Vec::new(),
+        Some("status") => warning::of_status(kind, new),
+        Some(_) | None => warning::of(kind, new, old),
+    }
 }
 
 /// Rules that hold for creation and change alike.

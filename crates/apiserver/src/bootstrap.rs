@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use jiff::Timestamp;
 use portolan_api::meta;
 use portolan_api::service::{self, Finding};
@@ -16,7 +17,7 @@ use crate::rbac;
 use crate::server::Inner;
 use crate::services::{self, IP_ADDRESSES, Repair, SERVICE_CIDRS, SERVICES};
 use crate::store::Change::Deleted as Removed;
-use crate::store::{Event, Key, Txn};
+use crate::store::{Event, Key, Object, Txn};
 use crate::verbs::{Change, Pipeline, Tracking};
 
 const NAMESPACES: &[&str] = &["default", "kube-system", "kube-public", "kube-node-lease"];
@@ -27,6 +28,9 @@ const KUBERNETES: &str = "kubernetes";
 /// Reporters of what is found wrong with the addresses and ports of Services.
 const CLUSTER_IP_REPAIR: &str = "ipallocator-repair-controller";
 const NODE_PORT_REPAIR: &str = "portallocator-repair-controller";
+
+/// Reporter of what is wrong with the configured service ranges.
+const RANGE_KEEPER: &str = "kubernetes-service-cidr-controller";
 
 const SILENT: Change<'static> = Change { subresource: None, dry_run: false, tracking: Tracking::Silent };
 
@@ -73,22 +77,40 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// A Warning event on a Service. The same finding again counts up the event that is there.
+    /// A Warning event on a Service.
     fn warn(&self, txn: &mut Txn, finding: &Finding) -> Result<(), Status> {
         let Finding { namespace, name, reason, message } = finding;
         tracing::warn!(namespace, service = name, reason, message, "a stored Service has a bad address or port");
         let Some(service) = txn.get(SERVICES, &Key::new(namespace, name)).cloned() else { return Ok(()) };
         let reporter = if reason.starts_with("Port") { NODE_PORT_REPAIR } else { CLUSTER_IP_REPAIR };
+        self.report(txn, &service, ("v1", "Service"), reporter, reason, message)
+    }
+
+    /// A Warning event on an object. The same again counts up the event that is there.
+    fn report(
+        &self,
+        txn: &mut Txn,
+        object: &Object,
+        (api_version, kind): (&str, &str),
+        reporter: &str,
+        reason: &str,
+        message: &str,
+    ) -> Result<(), Status> {
+        let (name, uid) = (meta::name(&object.value), meta::uid(&object.value));
+        // Events about objects without a namespace are kept in this one.
+        let namespace = match meta::namespace(&object.value) {
+            "" => "default",
+            own => own,
+        };
         let now = meta::format_time(self.pipeline.now);
         let entry = self.catalog.builtin_entry("", "v1", "events");
-        let uid = meta::uid(&service.value);
         let same = txn
             .state()
             .list(&entry.collection, Some(namespace))
             .find(|event| {
                 let text = |path: &[&str]| meta::text(&event.value, path);
                 text(&["involvedObject", "uid"]) == uid
-                    && text(&["reason"]) == *reason
+                    && text(&["reason"]) == reason
                     && text(&["message"]) == message
                     && text(&["source", "component"]) == reporter
             })
@@ -100,14 +122,18 @@ impl Boot<'_> {
             new["lastTimestamp"] = json!(now);
             return self.pipeline.update(txn, &entry, &old, new, SILENT).map(|_| ());
         }
+        let mut involved = json!({
+            "apiVersion": api_version, "kind": kind, "name": name, "uid": uid,
+            "resourceVersion": object.revision.to_string(),
+        });
+        if !meta::namespace(&object.value).is_empty() {
+            involved["namespace"] = json!(namespace);
+        }
         let event = json!({
             "apiVersion": "v1",
             "kind": "Event",
             "metadata": {"name": format!("{name}.{:016x}", services::pick(u64::MAX)), "namespace": namespace},
-            "involvedObject": {
-                "apiVersion": "v1", "kind": "Service", "namespace": namespace, "name": name, "uid": uid,
-                "resourceVersion": service.revision.to_string(),
-            },
+            "involvedObject": involved,
             "reason": reason,
             "message": message,
             "type": "Warning",
@@ -120,8 +146,15 @@ impl Boot<'_> {
         self.pipeline.create(txn, &entry, namespace, event, SILENT).map(|_| ())
     }
 
-    /// Creates an object, or makes some of its fields right.
-    fn publish(&self, txn: &mut Txn, group: &str, plural: &str, value: Value, fields: &[&str]) -> Result<(), Status> {
+    /// Creates an object, or makes its labels and some of its fields right.
+    fn publish(
+        &self,
+        txn: &mut Txn,
+        group: &str,
+        plural: &str,
+        value: Value,
+        fields: &[&[&str]],
+    ) -> Result<(), Status> {
         let entry = self.catalog.builtin_entry(group, "v1", plural);
         let namespace = meta::namespace(&value).to_owned();
         let key = Key::new(&namespace, meta::name(&value));
@@ -130,7 +163,10 @@ impl Boot<'_> {
         };
         let mut new = old.value.clone();
         for field in fields {
-            meta::put(&mut new, &[field], value[*field].clone());
+            meta::put(&mut new, field, meta::get(&value, field).clone());
+        }
+        for (label, text) in value["metadata"]["labels"].as_object().into_iter().flatten() {
+            meta::set(&mut new, &["metadata", "labels", label], text.clone());
         }
         self.pipeline.update(txn, &entry, &old, new, SILENT).map(|_| ())
     }
@@ -173,28 +209,62 @@ pub async fn run(inner: &Arc<Inner>, config: &ServerConfig, repair: &Repair) -> 
                 }
             }
             rbac::aggregation::reconcile(txn, boot.pipeline)?;
-            service_range(txn, &boot, config, now)?;
-            publish_itself(txn, &boot, &Itself::new(config))?;
+            service_range(txn, &boot, &config.service_cidrs)?;
+            check_range(txn, &boot, &config.service_cidrs)?;
             boot.repair(txn, repair)
         })
-        .await
+        .await?;
+    // An address that another Service has taken must not keep the server from starting.
+    let itself = Itself::new(config);
+    republish(inner, &itself, &[&["spec", "ports"]]).await;
+    Ok(())
 }
 
-/// The ServiceCIDR `kubernetes`, with its status, which an ordinary create would drop.
-fn service_range(txn: &mut Txn, boot: &Boot<'_>, config: &ServerConfig, now: Timestamp) -> Result<(), Status> {
-    let value = service::service_cidr(&config.service_cidrs, now);
-    let status = value["status"].clone();
-    let key = Key::new("", meta::name(&value));
-    if txn.get(SERVICE_CIDRS, &key).is_some() {
-        return Ok(());
-    }
-    boot.ensure(txn, "networking.k8s.io", "servicecidrs", value)?;
-    if let Some(object) = txn.get(SERVICE_CIDRS, &key).cloned() {
-        let mut new = object.value.clone();
-        new["status"] = status;
-        put_range(boot.pipeline.server, txn, &key, new);
+/// Makes sure of the ServiceCIDR `kubernetes`. A stored one stays as it is, whatever the configuration says now; only a
+/// second range is added to it when the cluster becomes dual-stack.
+fn service_range(txn: &mut Txn, boot: &Boot<'_>, ranges: &[IpNet]) -> Result<(), Status> {
+    let wanted = service::service_cidr(ranges, boot.pipeline.now);
+    let key = Key::new("", meta::name(&wanted));
+    match txn.get(SERVICE_CIDRS, &key).cloned() {
+        None => {
+            boot.ensure(txn, "networking.k8s.io", "servicecidrs", wanted.clone())?;
+            let Some(made) = txn.get(SERVICE_CIDRS, &key).cloned() else { return Ok(()) };
+            // An ordinary create drops the status.
+            let mut new = made.value.clone();
+            new["status"] = wanted["status"].clone();
+            put_range(boot.pipeline.server, txn, &key, new);
+        }
+        Some(stored) => {
+            let (now, before) =
+                (meta::list(&wanted, &["spec", "cidrs"]), meta::list(&stored.value, &["spec", "cidrs"]));
+            if let ([first, _], [only]) = (now, before)
+                && first == only
+            {
+                let mut new = stored.value.clone();
+                new["spec"] = wanted["spec"].clone();
+                put_range(boot.pipeline.server, txn, &key, new);
+            }
+        }
     }
     Ok(())
+}
+
+/// Tells of a configuration that the stored ServiceCIDR `kubernetes` contradicts.
+fn check_range(txn: &mut Txn, boot: &Boot<'_>, ranges: &[IpNet]) -> Result<(), Status> {
+    let wanted = service::service_cidr(ranges, boot.pipeline.now);
+    let Some(stored) = txn.get(SERVICE_CIDRS, &Key::new("", meta::name(&wanted))).cloned() else { return Ok(()) };
+    let texts = |object: &Value| -> String {
+        let cidrs = meta::list(object, &["spec", "cidrs"]).iter().filter_map(Value::as_str);
+        format!("[{}]", cidrs.collect::<Vec<_>>().join(" "))
+    };
+    let (have, want) = (texts(&stored.value), texts(&wanted));
+    if have == want {
+        return Ok(());
+    }
+    let message = format!("The default ServiceCIDR {have} does not match the flag configurations {want}");
+    tracing::warn!(message, "the service ranges of the cluster stay as they are stored");
+    let kind = ("networking.k8s.io/v1", "ServiceCIDR");
+    boot.report(txn, &stored, kind, RANGE_KEEPER, "KubernetesDefaultServiceCIDRInconsistent", &message)
 }
 
 /// Endpoints and EndpointSlice of Service default/kubernetes: the advertised address of this server.
@@ -228,6 +298,7 @@ fn own_endpoints(config: &ServerConfig) -> (Value, Value) {
 /// How clients inside the cluster find the API server.
 #[derive(Clone, Debug)]
 pub struct Itself {
+    ranges: Vec<IpNet>,
     service: Value,
     endpoints: Value,
     slice: Value,
@@ -238,22 +309,27 @@ impl Itself {
     pub fn new(config: &ServerConfig) -> Itself {
         let service = service::kubernetes_service(&config.service_cidrs, config.advertise.port());
         let (endpoints, slice) = own_endpoints(config);
-        Itself { service, endpoints, slice }
+        Itself { ranges: config.service_cidrs.clone(), service, endpoints, slice }
     }
 }
 
-fn publish_itself(txn: &mut Txn, boot: &Boot<'_>, itself: &Itself) -> Result<(), Status> {
-    boot.ensure(txn, "", "services", itself.service.clone())?;
-    boot.publish(txn, "", "endpoints", itself.endpoints.clone(), &["subsets"])?;
-    boot.publish(txn, "discovery.k8s.io", "endpointslices", itself.slice.clone(), &["endpoints", "ports"])
+/// `fields`: those of the Service that are made right if they differ.
+fn publish_itself(txn: &mut Txn, boot: &Boot<'_>, itself: &Itself, fields: &[&[&str]]) -> Result<(), Status> {
+    boot.publish(txn, "", "services", itself.service.clone(), fields)?;
+    boot.publish(txn, "", "endpoints", itself.endpoints.clone(), &[&["subsets"]])?;
+    boot.publish(txn, "discovery.k8s.io", "endpointslices", itself.slice.clone(), &[&["endpoints"], &["ports"]])
 }
 
-/// Brings back the Service of the API server, which pods are told about, and its endpoints.
-async fn republish(inner: &Arc<Inner>, itself: &Itself) {
+/// Brings back the Service of the API server, which pods are told about, its endpoints and the default service range.
+async fn republish(inner: &Arc<Inner>, itself: &Itself, fields: &[&[&str]]) {
     let catalog = inner.catalog.load_full();
     let pipeline = Pipeline { server: inner, catalog: &catalog, now: Timestamp::now(), user: None };
     let boot = Boot { pipeline, catalog: &catalog };
-    if let Err(status) = inner.store.transact(|txn| publish_itself(txn, &boot, itself)).await {
+    let outcome = inner.store.transact(|txn| {
+        service_range(txn, &boot, &itself.ranges)?;
+        publish_itself(txn, &boot, itself, fields)
+    });
+    if let Err(status) = outcome.await {
         tracing::warn!(error = status.message, "cannot publish the Service of the API server");
     }
 }
@@ -267,6 +343,9 @@ const SWEEP_PERIOD: Duration = Duration::from_secs(300);
 /// How often addresses and ports are compared with the Services (the reference implementation's interval).
 const REPAIR_PERIOD: Duration = Duration::from_secs(180);
 
+/// How often the server looks after the objects by which clients find it (likewise).
+const PUBLISH_PERIOD: Duration = Duration::from_secs(10);
+
 /// Keeps ServiceCIDR and IPAddress objects and the server's own Service right, and removes old events, until shutdown.
 ///
 /// `since` is a revision at which all was right.
@@ -275,6 +354,8 @@ pub async fn keep(inner: Arc<Inner>, itself: Itself, since: u64) {
     let mut repair = tokio::time::interval(REPAIR_PERIOD);
     // The first one has been done before the server was ready.
     repair.reset();
+    let mut publish = tokio::time::interval(PUBLISH_PERIOD);
+    publish.reset();
     let Ok(mut ranges) = inner.store.watch(SERVICE_CIDRS, since) else { return };
     let Ok(mut addresses) = inner.store.watch(IP_ADDRESSES, since) else { return };
     let Ok(mut services) = inner.store.watch(SERVICES, since) else { return };
@@ -283,6 +364,7 @@ pub async fn keep(inner: Arc<Inner>, itself: Itself, since: u64) {
             () = inner.shutdown.cancelled() => return,
             _ = sweep.tick() => sweep_events(&inner).await,
             _ = repair.tick() => repair_allocations(&inner).await,
+            _ = publish.tick() => republish(&inner, &itself, &[]).await,
             () = ranges.changed() => {}
             () = addresses.changed() => {}
             () = services.changed() => {}
@@ -300,7 +382,7 @@ pub async fn keep(inner: Arc<Inner>, itself: Itself, since: u64) {
             event.change == Removed && meta::namespace(object) == "default" && meta::name(object) == KUBERNETES
         };
         if services.read().map_or(true, |events| events.iter().any(|event| own(event))) {
-            republish(&inner, &itself).await;
+            republish(&inner, &itself, &[]).await;
         }
         reconcile_ranges(&inner).await;
     }

@@ -533,10 +533,13 @@ async fn route(
         && (target.watch_prefix || target.name.is_none());
     let entry = find(&catalog, &target);
     let no_entry = |missing: Option<Status>| missing.map_or_else(|| Ok(no_such_page()), Err);
-    let Some(verb) = path::verb(request.method(), target.name.is_some(), watch) else {
-        return entry.map_or_else(no_entry, |_| Err(Status::method_not_allowed()));
+    let verb = match path::verb(request.method(), target.name.is_some(), watch) {
+        Some(verb) => verb,
+        // What is proxied may answer to other methods than objects do. OPTIONS has no verb, so only rules for all verbs allow it.
+        None if target.subresource.as_deref() == Some("proxy") && *request.method() == http::Method::OPTIONS => "",
+        None => return entry.map_or_else(no_entry, |_| Err(Status::method_not_allowed())),
     };
-    labels.verb = verb.to_uppercase();
+    labels.verb = if verb.is_empty() { request.method().to_string() } else { verb.to_uppercase() };
     if let Ok(entry) = &entry {
         labels.resource.clone_from(&entry.kind.plural);
     }
@@ -645,7 +648,7 @@ fn find(catalog: &Catalog, target: &Target) -> Result<Arc<Entry>, Option<Status>
 fn allowed(entry: &Entry, target: &Target, verb: &str) -> Result<(), Status> {
     let kind = &entry.kind;
     let ok = match target.subresource.as_deref() {
-        Some(name) => kind.subresource(name).is_some_and(|sub| sub.verbs.iter().any(|v| v == verb)),
+        Some(name) => kind.subresource(name).is_some_and(|sub| verb.is_empty() || sub.verbs.iter().any(|v| v == verb)),
         None => {
             let everywhere = kind.namespaced && target.namespace.is_none() && !matches!(verb, "list" | "watch");
             let named_create = verb == "create" && target.name.is_some();

@@ -103,9 +103,11 @@ impl Pools {
 pub fn is_needed(state: &Snapshot, address: &Value) -> bool {
     let parent = |field: &str| meta::text(address, &["spec", "parentRef", field]);
     parent("resource") == "services"
-        && state
-            .get(SERVICES, &Key::new(parent("namespace"), parent("name")))
-            .is_some_and(|service| service::cluster_ips(&service.value).contains(&meta::name(address)))
+        && state.get(SERVICES, &Key::new(parent("namespace"), parent("name"))).is_some_and(|service| {
+            // Services keep an address as it was sent; the object has the canonical form.
+            let ip = meta::parse_ip_sloppy(meta::name(address));
+            service::cluster_ips(&service.value).into_iter().any(|own| meta::parse_ip_sloppy(own) == ip)
+        })
 }
 
 /// The IPAddress object of an address, without server-owned metadata.

@@ -1,12 +1,11 @@
-//! Subresources that are streams: log, exec, attach, port-forward, and the HTTP proxies to Pods and Services.
+//! Subresources that are streams: log, exec, attach and port-forward.
 //!
-//! The server decides what is asked for and whether it can be had; the bytes go to and from the kubelet (or the Pod)
+//! The server decides what is asked for and whether it can be had; the bytes go to and from the kubelet (or what is proxied)
 //! unchanged, through [`crate::ClusterDialer`]. Upgraded connections are copied both ways.
 
-use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use http::header::{AUTHORIZATION, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION, UPGRADE};
+use http::header::{AUTHORIZATION, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, UPGRADE};
 use http::{Request, Response, StatusCode, Uri};
 use http_body_util::BodyExt as _;
 use hyper_util::rt::TokioIo;
@@ -33,7 +32,7 @@ pub async fn run(
     let namespace = target.namespace.as_deref().unwrap_or_default();
     let name = target.name.as_deref().unwrap_or_default();
     if subresource == "proxy" {
-        return proxy(&inner, &entry, &target, request).await;
+        return crate::proxy::run(&inner, &entry, &target, request).await;
     }
     let snapshot = inner.store.snapshot();
     let pod = snapshot
@@ -59,7 +58,7 @@ pub async fn run(
     Ok(response)
 }
 
-fn dial_error(error: &std::io::Error) -> Status {
+pub fn dial_error(error: &std::io::Error) -> Status {
     Status::internal(format!("error dialing backend: {error}"))
 }
 
@@ -225,7 +224,7 @@ fn clean(headers: &HeaderMap, upgrading: bool) -> HeaderMap {
 }
 
 /// Sends a request over a fresh stream and returns the answer; after a 101 the two connections are joined.
-async fn forward(
+pub async fn forward(
     io: BoxedIo,
     path_and_query: &str,
     host: &str,
@@ -281,142 +280,6 @@ async fn join(downstream: hyper::upgrade::OnUpgrade, upstream: hyper::upgrade::O
     }
 }
 
-/// `[scheme:]name[:port]`.
-fn split_proxy_name(text: &str) -> Option<(&str, &str, &str)> {
-    match text.split(':').collect::<Vec<_>>().as_slice() {
-        [name] => Some(("", name, "")),
-        [name, port] => Some(("", name, port)),
-        [scheme @ ("" | "http" | "https"), name, port] => Some((scheme, name, port)),
-        _ => None,
-    }
-}
-
-/// The proxy subresource of Pods and Services.
-async fn proxy(
-    inner: &Arc<Inner>,
-    entry: &Entry,
-    target: &Target,
-    request: Request<Body>,
-) -> Result<Response<Body>, Status> {
-    let namespace = target.namespace.as_deref().unwrap_or_default();
-    let full_name = target.name.as_deref().unwrap_or_default();
-    let (scheme, name, port) = split_proxy_name(full_name).ok_or_else(|| {
-        Status::bad_request(format!(
-            "invalid {} request {}",
-            entry.kind.singular,
-            portolan_api::status::quoted(full_name)
-        ))
-    })?;
-    if scheme == "https" {
-        return Err(Status::service_unavailable("the proxy to a backend that speaks TLS is not supported"));
-    }
-    let address = match entry.kind.kind.as_str() {
-        "Pod" => pod_address(inner, entry, namespace, name, port)?,
-        "Service" => service_address(inner, entry, namespace, name, port)?,
-        _ => return Err(Status::service_unavailable("the proxy to the kubelet's own API is not supported")),
-    };
-    let base = {
-        let path = request.uri().path();
-        let end = path.find("/proxy").map_or(path.len(), |at| at + "/proxy".len());
-        path[..end].to_owned()
-    };
-    let mut path = request.uri().path()[base.len()..].to_owned();
-    if path.is_empty() {
-        "/".clone_into(&mut path);
-    }
-    if let Some(query) = request.uri().query() {
-        path.push('?');
-        path.push_str(query);
-    }
-    let io = inner.dialer.tcp(address).await.map_err(|error| {
-        Status::service_unavailable(format!("error trying to reach service: dial tcp {address}: {error}"))
-    })?;
-    let mut response = forward(io, &path, &address.to_string(), request).await?;
-    // A redirect within the backend stays within the proxy.
-    let redirect = response.headers().get(LOCATION).and_then(|value| value.to_str().ok()).map(str::to_owned);
-    if let Some(location) = redirect.filter(|location| location.starts_with('/') && !location.starts_with("//"))
-        && let Ok(value) = HeaderValue::from_str(&format!("{base}{location}"))
-    {
-        response.headers_mut().insert(LOCATION, value);
-    }
-    Ok(response)
-}
-
-fn pod_address(inner: &Inner, entry: &Entry, namespace: &str, name: &str, port: &str) -> Result<SocketAddr, Status> {
-    let snapshot = inner.store.snapshot();
-    let pod = snapshot.get("pods", &Key::new(namespace, name)).ok_or_else(|| Status::not_found(&entry.kind, name))?;
-    let ip: IpAddr =
-        meta::text(&pod.value, &["status", "podIP"]).parse().map_err(|_| Status::bad_request("address not allowed"))?;
-    let port = if port.is_empty() {
-        // The first declared port, as upstream takes it; 80 if none is declared.
-        meta::list(&pod.value, &["spec", "containers"])
-            .iter()
-            .flat_map(|container| meta::list(container, &["ports"]))
-            .find_map(|port| port["containerPort"].as_u64())
-            .and_then(|port| u16::try_from(port).ok())
-            .unwrap_or(80)
-    } else {
-        port.parse().map_err(|_| Status::bad_request(format!("invalid port {}", portolan_api::status::quoted(port))))?
-    };
-    Ok(SocketAddr::new(ip, port))
-}
-
-/// A ready endpoint of a Service's port, any of them.
-fn service_address(
-    inner: &Inner,
-    entry: &Entry,
-    namespace: &str,
-    name: &str,
-    port: &str,
-) -> Result<SocketAddr, Status> {
-    let snapshot = inner.store.snapshot();
-    let service =
-        snapshot.get("services", &Key::new(namespace, name)).ok_or_else(|| Status::not_found(&entry.kind, name))?;
-    let none = || Status::service_unavailable(format!("no endpoints available for service \"{name}\""));
-    let ports = meta::list(&service.value, &["spec", "ports"]);
-    let port_name = match port {
-        "" if ports.len() == 1 => meta::text(&ports[0], &["name"]).to_owned(),
-        "" => String::new(),
-        wanted => ports
-            .iter()
-            .find(|port| {
-                let number = wanted.parse::<u64>().ok();
-                meta::text(port, &["name"]) == wanted || (number.is_some() && port["port"].as_u64() == number)
-            })
-            .map(|port| meta::text(port, &["name"]).to_owned())
-            .ok_or_else(|| {
-                Status::service_unavailable(format!(
-                    "no service port {} found for service \"{name}\"",
-                    portolan_api::status::quoted(wanted)
-                ))
-            })?,
-    };
-    let candidates: Vec<SocketAddr> = snapshot
-        .list("endpointslices.discovery.k8s.io", Some(namespace))
-        .map(|slice| &slice.value)
-        .filter(|slice| meta::label(slice, "kubernetes.io/service-name") == Some(name))
-        .flat_map(|slice| {
-            let port = meta::list(slice, &["ports"])
-                .iter()
-                .find(|port| meta::text(port, &["name"]) == port_name)
-                .and_then(|port| u16::try_from(port["port"].as_u64()?).ok());
-            meta::list(slice, &["endpoints"])
-                .iter()
-                .filter(|endpoint| endpoint["conditions"]["ready"].as_bool().unwrap_or(true))
-                .filter_map(move |endpoint| {
-                    let ip: IpAddr = meta::list(endpoint, &["addresses"]).first()?.as_str()?.parse().ok()?;
-                    Some(SocketAddr::new(ip, port?))
-                })
-        })
-        .collect();
-    let count = u64::try_from(candidates.len()).unwrap_or(0);
-    if count == 0 {
-        return Err(none());
-    }
-    let picked = usize::try_from(crate::services::pick(count)).unwrap_or(0);
-    candidates.get(picked).copied().ok_or_else(none)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -460,13 +323,5 @@ mod tests {
             "a container name must be specified for pod p, choose one of: [a b] or one of the init containers: [i]"
         );
         assert_eq!(find(&two, "container=x", "log").expect_err("unknown"), "container x is not valid for pod p");
-    }
-
-    #[test]
-    fn proxy_names_have_scheme_and_port() {
-        assert_eq!(split_proxy_name("web"), Some(("", "web", "")));
-        assert_eq!(split_proxy_name("web:80"), Some(("", "web", "80")));
-        assert_eq!(split_proxy_name("http:web:80"), Some(("http", "web", "80")));
-        assert_eq!(split_proxy_name("ftp:web:80"), None);
     }
 }

@@ -167,7 +167,7 @@ impl ServiceAllocator {
             .chain(others)
             .filter(|range| range.usable)
             .flat_map(|range| &range.nets)
-            .filter(move |net| Family::of(net.addr()) == family)
+            .filter(move |net| Family::of(net.addr()) == family && is_allocatable(net))
     }
 
     /// Whether this address may be taken; `changes` holds what the same write has already taken.
@@ -261,6 +261,11 @@ impl ServiceAllocator {
             ),
         }
     }
+}
+
+/// Longer IPv6 ranges than /64 can be declared, but nothing is given from them, as in the reference implementation.
+fn is_allocatable(net: &IpNet) -> bool {
+    net.addr().is_ipv4() || net.prefix_len() >= 64
 }
 
 /// Size of the band that is given automatically only when the rest is full: `size / divisor` within 16 and `max`, none

@@ -8,7 +8,7 @@ use crate::status::FieldError;
 
 /// Brings `clusterIP` and `clusterIPs` in line, and drops empty values.
 pub(super) fn sync_cluster_ips(new: &mut Value, old: Option<&Value>) {
-    for path in [["spec", "clusterIP"], ["spec", "clusterIPs"], ["spec", "ipFamilies"], ["spec", "ipFamilyPolicy"]] {
+    for path in [["spec", "clusterIP"], ["spec", "clusterIPs"], ["spec", "ipFamilies"]] {
         let value = meta::get(new, &path);
         if value.as_str() == Some("") || value.as_array().is_some_and(Vec::is_empty) {
             meta::remove(new, &path);
@@ -17,33 +17,31 @@ pub(super) fn sync_cluster_ips(new: &mut Value, old: Option<&Value>) {
     let single = meta::text(new, &["spec", "clusterIP"]).to_owned();
     let has_list = !cluster_ips(new).is_empty();
     let Some(old) = old else {
+        // The other way round the client has to name the first one twice.
         if !single.is_empty() && !has_list {
             meta::set(new, &["spec", "clusterIPs"], json!([single]));
         }
         return;
     };
-    let same_list = meta::get(new, &["spec", "clusterIPs"]) == meta::get(old, &["spec", "clusterIPs"]);
+    let stored = meta::get(old, &["spec", "clusterIPs"]);
+    let same_list = meta::get(new, &["spec", "clusterIPs"]) == stored;
     let same_single = single == meta::text(old, &["spec", "clusterIP"]);
-    if single.is_empty() {
-        if same_list {
-            meta::remove(new, &["spec", "clusterIPs"]);
+    if same_single {
+        // A client that knows only the singular field.
+        if !has_list {
+            meta::put(new, &["spec", "clusterIPs"], stored.clone());
         }
-    } else if same_single && !has_list {
-        meta::put(new, &["spec", "clusterIPs"], meta::get(old, &["spec", "clusterIPs"]).clone());
-    } else if !same_single && (same_list || !has_list) {
-        meta::set(new, &["spec", "clusterIPs"], json!([single]));
+    } else if same_list {
+        if single.is_empty() {
+            meta::remove(new, &["spec", "clusterIPs"]);
+        } else {
+            meta::set(new, &["spec", "clusterIPs"], json!([single]));
+        }
     }
 }
 
 /// A change of the policy to SingleStack alone drops the second family and address.
-pub(super) fn trim_downgrade(new: &mut Value, old: &Value) {
-    let dual = |service: &Value| {
-        matches!(meta::text(service, &["spec", "ipFamilyPolicy"]), "PreferDualStack" | "RequireDualStack")
-    };
-    let single = meta::text(new, &["spec", "ipFamilyPolicy"]) == "SingleStack";
-    if service_type(new) == "ExternalName" || service_type(old) == "ExternalName" || !single || !dual(old) {
-        return;
-    }
+fn trim_downgrade(new: &mut Value, old: &Value) {
     for field in ["clusterIPs", "ipFamilies"] {
         let path = ["spec", field];
         if meta::get(new, &path) == meta::get(old, &path)
@@ -65,7 +63,7 @@ pub(super) fn init_families(new: &mut Value, old: Option<&Value>, cluster: &[Fam
         return faults;
     }
     let selectorless_headless = is_headless(new) && is_selectorless(new);
-    if meta::text(new, &["spec", "ipFamilyPolicy"]).is_empty() {
+    if meta::get(new, &["spec", "ipFamilyPolicy"]).is_null() {
         let inherited = old.map(|old| meta::text(old, &["spec", "ipFamilyPolicy"])).unwrap_or_default();
         let policy = match inherited {
             "" if selectorless_headless => "RequireDualStack",
@@ -75,6 +73,11 @@ pub(super) fn init_families(new: &mut Value, old: Option<&Value>, cluster: &[Fam
         meta::set(new, &["spec", "ipFamilyPolicy"], json!(policy));
     }
     let policy = meta::text(new, &["spec", "ipFamilyPolicy"]).to_owned();
+    if let Some(old) = old
+        && policy == "SingleStack"
+    {
+        trim_downgrade(new, old);
+    }
     let ips: Vec<String> = cluster_ips(new).into_iter().map(str::to_owned).collect();
     let mut families: Vec<Family> =
         meta::list(new, &["spec", "ipFamilies"]).iter().filter_map(|family| Family::parse(family.as_str()?)).collect();
@@ -100,22 +103,21 @@ pub(super) fn init_families(new: &mut Value, old: Option<&Value>, cluster: &[Fam
             faults.push(policy_error("must be 'SingleStack' to release the secondary IP family"));
         }
     }
-    if !faults.is_empty() {
-        return faults;
-    }
-
+    // Families that were not named follow from the addresses.
     for (i, ip) in ips.iter().enumerate() {
         if ip == NONE {
             break;
         }
         let Some(parsed) = meta::parse_ip_sloppy(ip) else { break };
         let family = Family::of(parsed);
-        if !cluster.contains(&family) {
+        if i < families.len() {
+            continue;
+        }
+        if cluster.contains(&family) {
+            families.push(family);
+        } else {
             let why = format!("{family} is not configured on this cluster");
             faults.push(FieldError::invalid(format!("spec.clusterIPs[{i}]"), json!(ips), why));
-        }
-        if i >= families.len() {
-            families.push(family);
         }
     }
     if !faults.is_empty() {
@@ -162,7 +164,7 @@ fn set_families(service: &mut Value, families: &[Family]) {
     meta::set(service, &["spec", "ipFamilies"], json!(names));
 }
 
-/// A PreferDualStack Service whose policy, families and addresses an update leaves alone: it is not upgraded or
+/// A PreferDualStack Service whose type, policy, families and addresses an update leaves alone: it is not upgraded or
 /// downgraded because the cluster has changed meanwhile.
 fn is_settled_prefer_dual_stack(new: &Value, old: Option<&Value>) -> bool {
     let Some(old) = old else { return false };
@@ -170,7 +172,7 @@ fn is_settled_prefer_dual_stack(new: &Value, old: Option<&Value>) -> bool {
         let path = ["spec", field];
         meta::get(new, &path) == meta::get(old, &path)
     };
-    service_type(old) != "ExternalName"
+    service_type(old) == service_type(new)
         && meta::text(new, &["spec", "ipFamilyPolicy"]) == "PreferDualStack"
         && same("ipFamilyPolicy")
         && same("clusterIPs")

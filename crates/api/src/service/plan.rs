@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::allocator::{Changes, Refusal, ServiceAllocator};
-use super::families::{init_families, sync_cluster_ips, trim_downgrade};
+use super::families::{init_families, sync_cluster_ips};
 use super::{
     Family, NONE, allows_node_ports, cluster_ips, health_check_node_port, is_headless, needs_cluster_ip,
     needs_health_check_node_port, needs_node_ports, node_port, ports, set_node_port,
@@ -14,6 +14,9 @@ use crate::kinds::Kind;
 use crate::meta;
 use crate::status::{FieldError, Status};
 
+/// What a dry run shows instead of the first automatic port.
+const FIRST_STAND_IN_PORT: i64 = 32769;
+
 /// One write being planned.
 struct Plan<'a> {
     allocator: &'a ServiceAllocator,
@@ -21,8 +24,8 @@ struct Plan<'a> {
     dry_run: bool,
     pick: &'a mut dyn FnMut(u64) -> u64,
     changes: Changes,
-    /// Ports shown by a dry run so far; they lie beyond the range and are not taken.
-    stand_ins: i64,
+    /// The last port that a dry run has shown instead of an automatic one.
+    stand_in: Option<i64>,
 }
 
 impl ServiceAllocator {
@@ -37,7 +40,7 @@ impl ServiceAllocator {
         dry_run: bool,
         pick: &mut dyn FnMut(u64) -> u64,
     ) -> Result<Changes, Status> {
-        let mut plan = Plan { allocator: self, kind, dry_run, pick, changes: Changes::default(), stand_ins: 0 };
+        let mut plan = Plan { allocator: self, kind, dry_run, pick, changes: Changes::default(), stand_in: None };
         sync_cluster_ips(new, None);
         plan.families(new, None)?;
         if needs_cluster_ip(new) && !is_headless(new) {
@@ -62,10 +65,9 @@ impl ServiceAllocator {
         dry_run: bool,
         pick: &mut dyn FnMut(u64) -> u64,
     ) -> Result<Changes, Status> {
-        let mut plan = Plan { allocator: self, kind, dry_run, pick, changes: Changes::default(), stand_ins: 0 };
+        let mut plan = Plan { allocator: self, kind, dry_run, pick, changes: Changes::default(), stand_in: None };
         sync_cluster_ips(new, Some(old));
         carry_over(new, old);
-        trim_downgrade(new, old);
         plan.families(new, Some(old))?;
         plan.update_cluster_ips(new, old)?;
         if allows_node_ports(new) {
@@ -109,15 +111,11 @@ pub(super) fn held_ports(service: &Value) -> Vec<u16> {
 fn carry_over(new: &mut Value, old: &Value) {
     if needs_cluster_ip(old) && needs_cluster_ip(new) {
         let stored = meta::text(old, &["spec", "clusterIP"]);
-        if meta::text(new, &["spec", "clusterIP"]).is_empty() && cluster_ips(new).is_empty() && !stored.is_empty() {
+        if meta::text(new, &["spec", "clusterIP"]).is_empty() && !stored.is_empty() {
             meta::set(new, &["spec", "clusterIP"], json!(stored));
         }
-        if cluster_ips(new).is_empty() && meta::text(new, &["spec", "clusterIP"]) == stored {
+        if cluster_ips(new).is_empty() {
             meta::put(new, &["spec", "clusterIPs"], meta::get(old, &["spec", "clusterIPs"]).clone());
-        }
-        // An update that does not mention policy and families means the ones it has.
-        if meta::get(new, &["spec", "ipFamilyPolicy"]).is_null() {
-            meta::put(new, &["spec", "ipFamilyPolicy"], meta::get(old, &["spec", "ipFamilyPolicy"]).clone());
         }
     }
     if needs_node_ports(old) && needs_node_ports(new) {
@@ -177,7 +175,10 @@ impl Plan<'_> {
                     }
                     Err(refusal) => {
                         let why = format!("failed to allocate IP {asked}: {}", self.allocator.refusal_text(refusal));
-                        let error = FieldError::invalid("spec.clusterIPs", json!(ips), why);
+                        // Addresses that are still to be given show as empty.
+                        let mut shown = ips.clone();
+                        shown.resize(shown.len().max(families.len()), String::new());
+                        let error = FieldError::invalid("spec.clusterIPs", json!(shown), why);
                         return Err(self.invalid(service, &[error]));
                     }
                 }
@@ -246,8 +247,11 @@ impl Plan<'_> {
 
     fn next_port(&mut self) -> Result<i64, Refusal> {
         if self.dry_run {
-            self.stand_ins += 1;
-            return Ok(i64::from(*self.allocator.node_ports().end()) + 1 + self.stand_ins);
+            // Counted on from the highest port of this write, so that no two of its ports are shown the same number.
+            let highest = self.changes.take_ports.last().map(|port| i64::from(*port)).max(self.stand_in);
+            let port = highest.unwrap_or(FIRST_STAND_IN_PORT - 1) + 1;
+            self.stand_in = Some(port);
+            return Ok(port);
         }
         let port = self.allocator.next_port(&self.changes, self.pick)?;
         self.changes.take_ports.insert(port);
@@ -346,7 +350,7 @@ impl Plan<'_> {
         }
         let port = self.next_port().map_err(|refusal| {
             Status::internal(format!(
-                "failed to allocate a HealthCheck NodePort: {}",
+                "failed to allocate a HealthCheck NodePort 0: {}",
                 self.allocator.refusal_text(refusal)
             ))
         })?;

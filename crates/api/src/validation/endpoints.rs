@@ -1,6 +1,6 @@
 //! Rules of Endpoints and EndpointSlices.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
 use super::{Faults, same, strings};
@@ -82,37 +82,21 @@ fn address(faults: &mut Faults, field: &str, address: &Value, stored: &[&str]) {
 
 pub(super) fn slice(faults: &mut Faults, new: &Value, old: Option<&Value>) {
     let address_type = meta::text(new, &["addressType"]);
-    if let Some(old) = old {
-        // A changed type would make every address wrong, so it is reported alone.
-        let stored = meta::get(old, &["addressType"]);
-        if meta::get(new, &["addressType"]) != stored {
-            faults.unchanged("addressType", meta::get(new, &["addressType"]), stored);
-            return;
-        }
-    }
     match address_type {
-        "" => {
-            faults.required("addressType", "");
-            return;
-        }
-        "IPv4" | "IPv6" | "FQDN" => {}
-        other => {
-            faults.one_of("addressType", other, &["FQDN", "IPv4", "IPv6"]);
-            return;
-        }
+        "" => faults.required("addressType", ""),
+        type_ => faults.one_of("addressType", type_, &["FQDN", "IPv4", "IPv6"]),
     }
     ports(faults, meta::list(new, &["ports"]));
-    let endpoints = meta::get(new, &["endpoints"]);
-    if old.is_some_and(|old| same(meta::get(old, &["endpoints"]), endpoints)) {
-        return;
+    let endpoints = meta::list(new, &["endpoints"]);
+    if endpoints.len() > MAX_ENDPOINTS {
+        faults.add(FieldError::too_many("endpoints", endpoints.len(), MAX_ENDPOINTS));
+    } else if old.is_none_or(|old| !same(meta::get(old, &["endpoints"]), meta::get(new, &["endpoints"]))) {
+        for (i, endpoint) in endpoints.iter().enumerate() {
+            self::endpoint(faults, &format!("endpoints[{i}]"), endpoint, address_type);
+        }
     }
-    let list = meta::list(new, &["endpoints"]);
-    if list.len() > MAX_ENDPOINTS {
-        faults.add(FieldError::too_many("endpoints", list.len(), MAX_ENDPOINTS));
-        return;
-    }
-    for (i, endpoint) in list.iter().enumerate() {
-        self::endpoint(faults, &format!("endpoints[{i}]"), endpoint, address_type);
+    if let Some(old) = old {
+        faults.unchanged("addressType", &json!(address_type), &json!(meta::text(old, &["addressType"])));
     }
 }
 
@@ -152,9 +136,13 @@ fn endpoint(faults: &mut Faults, field: &str, endpoint: &Value, address_type: &s
     }
     for (i, address) in addresses.iter().enumerate() {
         let one = format!("{at}[{i}]");
-        if address_type == "FQDN" {
-            faults.syntax(&one, address, meta::dns1123_subdomain(address));
-            continue;
+        match address_type {
+            "IPv4" | "IPv6" => {}
+            "FQDN" => {
+                domain_name(faults, &one, address);
+                continue;
+            }
+            _ => continue,
         }
         let texts = meta::ip(address);
         if !texts.is_empty() {
@@ -164,6 +152,7 @@ fn endpoint(faults: &mut Faults, field: &str, endpoint: &Value, address_type: &s
         let Ok(ip) = address.parse::<std::net::IpAddr>() else { continue };
         if ip.to_string() != *address {
             faults.invalid(one.as_str(), *address, format!("must be in canonical form (\"{ip}\")"));
+            continue;
         }
         if address_type == "IPv4" && ip.is_ipv6() {
             faults.invalid(at.as_str(), *address, "must be an IPv4 address");
@@ -192,6 +181,28 @@ fn endpoint(faults: &mut Faults, field: &str, endpoint: &Value, address_type: &s
         MAX_NODE_HINTS,
         meta::dns1123_subdomain,
     );
+}
+
+/// A domain name of two labels at least; a dot may end it.
+fn domain_name(faults: &mut Faults, field: &str, name: &str) {
+    if name.is_empty() {
+        faults.required(field, "");
+        return;
+    }
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let texts = meta::dns1123_subdomain(name);
+    if !texts.is_empty() {
+        faults.invalid(field, name, texts.join(","));
+    } else if !name.contains('.') {
+        faults.invalid(field, name, "should be a domain with at least two segments separated by dots");
+    } else {
+        for label in name.split('.') {
+            let texts = meta::dns1123_label(label);
+            if !texts.is_empty() {
+                faults.invalid(field, label, texts.join(","));
+            }
+        }
+    }
 }
 
 fn hints(faults: &mut Faults, field: &str, hints: &[Value], max: usize, rule: fn(&str) -> Vec<String>) {

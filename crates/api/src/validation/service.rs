@@ -29,12 +29,7 @@ pub(super) fn update(faults: &mut Faults, new: &Value, old: &Value) {
         addresses_unchanged(faults, new, old);
         families_unchanged(faults, new, old);
     }
-    if svc::service_type(new) == "LoadBalancer"
-        && svc::service_type(old) == "LoadBalancer"
-        && !same(spec(new, "loadBalancerClass"), spec(old, "loadBalancerClass"))
-    {
-        faults.invalid("spec.loadBalancerClass", spec(new, "loadBalancerClass").clone(), "may not change once set");
-    }
+    load_balancer_class(faults, new, Some(old));
     if svc::needs_health_check_node_port(new)
         && svc::needs_health_check_node_port(old)
         && svc::health_check_node_port(new) != svc::health_check_node_port(old)
@@ -87,11 +82,13 @@ fn families_unchanged(faults: &mut Faults, new: &Value, old: &Value) {
         faults.invalid("spec.ipFamilies[0]", json!(now), "primary ipFamily can not be unset");
         return;
     }
-    // Whichever one changed, the first is named.
-    for (stored, family) in before.iter().zip(&now) {
-        if stored != family {
+    // Whichever one changed, the first is named. When one is added or removed, the addresses are shown.
+    if before.len() == now.len() {
+        for _ in before.iter().zip(&now).filter(|(stored, family)| stored != family) {
             faults.invalid("spec.ipFamilies[0]", json!(now), "may not change once set");
         }
+    } else if before[0] != now[0] {
+        faults.invalid("spec.ipFamilies[0]", json!(svc::cluster_ips(new)), "may not change once set");
     }
     let policy = meta::text(new, &["spec", "ipFamilyPolicy"]);
     if before.len() == 2 && now.len() == 1 && policy != "SingleStack" {
@@ -161,16 +158,30 @@ fn rules(faults: &mut Faults, new: &Value, old: Option<&Value>) {
     if type_ != "LoadBalancer" && !spec(new, "allocateLoadBalancerNodePorts").is_null() {
         faults.forbidden("spec.allocateLoadBalancerNodePorts", ONLY_LOAD_BALANCER);
     }
-    let class = spec(new, "loadBalancerClass");
-    if type_ != "LoadBalancer" && !class.is_null() {
-        faults.forbidden("spec.loadBalancerClass", ONLY_LOAD_BALANCER);
-    }
-    if type_ == "LoadBalancer"
-        && let Some(class) = class.as_str()
-    {
-        faults.syntax("spec.loadBalancerClass", class, meta::qualified_name(class));
-    }
+    load_balancer_class(faults, new, None);
     traffic_policies(faults, new);
+}
+
+/// An update is judged with the stored object and then, as all objects are, without: what is wrong with the class shows
+/// up twice among the causes.
+fn load_balancer_class(faults: &mut Faults, new: &Value, old: Option<&Value>) {
+    let field = "spec.loadBalancerClass";
+    let class = spec(new, "loadBalancerClass");
+    let balanced = |service: &Value| svc::service_type(service) == "LoadBalancer";
+    if let Some(old) = old
+        && balanced(new)
+        && balanced(old)
+        && !same(class, spec(old, "loadBalancerClass"))
+    {
+        faults.invalid(field, class.clone(), "may not change once set");
+    }
+    if !balanced(new) {
+        if !class.is_null() {
+            faults.forbidden(field, ONLY_LOAD_BALANCER);
+        }
+    } else if let Some(class) = class.as_str() {
+        faults.syntax(field, class, meta::qualified_name(class));
+    }
 }
 
 fn topology_annotations(faults: &mut Faults, new: &Value) {
@@ -280,9 +291,8 @@ pub(crate) fn cluster_ip_fields(new: &Value, old: Option<&Value>) -> Vec<FieldEr
     let families = strings(new, &["spec", "ipFamilies"]);
     for (i, family) in families.iter().enumerate() {
         let field = format!("spec.ipFamilies[{i}]");
-        if svc::Family::parse(family).is_none() {
-            faults.one_of(field, family, &["IPv4", "IPv6"]);
-        } else if families[..i].contains(family) {
+        faults.one_of(field.clone(), family, &["IPv4", "IPv6"]);
+        if families[..i].contains(family) {
             faults.add(FieldError::duplicate(field, *family));
         }
     }
@@ -335,11 +345,13 @@ fn source_ranges(faults: &mut Faults, new: &Value, old: Option<&Value>) {
         if !load_balancer {
             faults.forbidden(field, ONLY_LOAD_BALANCER);
         }
+        // Blanks around a range are left from the time when it was a part of an annotation.
         let stored: Vec<&str> = old.map(|old| strings(old, &["spec", "loadBalancerSourceRanges"])).unwrap_or_default();
-        for (i, range) in ranges.iter().enumerate() {
-            let text = range.trim();
-            let texts = if stored.contains(range) { meta::cidr_sloppy(text) } else { meta::cidr(text) };
-            faults.syntax(&format!("{field}[{i}]"), range, texts);
+        let stored: Vec<&str> = stored.into_iter().map(str::trim).collect();
+        for (i, range) in ranges.into_iter().map(str::trim).enumerate() {
+            if !stored.contains(&range) {
+                faults.syntax(&format!("{field}[{i}]"), range, meta::cidr(range));
+            }
         }
         return;
     }
@@ -353,7 +365,7 @@ fn source_ranges(faults: &mut Faults, new: &Value, old: Option<&Value>) {
     }
     if !annotation.trim().is_empty() {
         for range in annotation.split(',').map(str::trim) {
-            faults.syntax(&field, range, meta::cidr_sloppy(range));
+            faults.syntax(&field, range, meta::cidr(range));
         }
     }
 }
@@ -378,11 +390,10 @@ fn traffic_policies(faults: &mut Faults, new: &Value) {
         let text = "may only be set when `type` is 'LoadBalancer' and `externalTrafficPolicy` is 'Local'";
         faults.invalid("spec.healthCheckNodePort", health, text);
     }
-    if matches!(svc::service_type(new), "ClusterIP" | "NodePort" | "LoadBalancer") {
-        match spec(new, "internalTrafficPolicy").as_str() {
-            Some(policy) => faults.one_of("spec.internalTrafficPolicy", policy, &["Cluster", "Local"]),
-            None => faults.required("spec.internalTrafficPolicy", ""),
-        }
+    match spec(new, "internalTrafficPolicy").as_str() {
+        Some(policy) => faults.one_of("spec.internalTrafficPolicy", policy, &["Cluster", "Local"]),
+        None if svc::needs_cluster_ip(new) => faults.required("spec.internalTrafficPolicy", ""),
+        None => {}
     }
     if let Some(distribution) = spec(new, "trafficDistribution").as_str() {
         let known = ["PreferClose", "PreferSameZone", "PreferSameNode"];

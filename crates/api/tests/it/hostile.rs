@@ -110,7 +110,7 @@ fn spoiled_documents_never_panic() {
             let mut created = new.clone();
             strategy::prepare_create(kind, &mut created);
             validation::validate_create(kind, &created);
-            validation::warnings(kind, &new, Some(&old));
+            validation::warnings(kind, &new, Some(&old), None);
             table::row(kind, &new, Timestamp::UNIX_EPOCH);
             if kind.is("", "Service") {
                 let mut pick = |n: u64| n / 2;

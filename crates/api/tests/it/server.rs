@@ -293,7 +293,7 @@ impl Server {
         if self.objects.contains_key(&Self::key(call, &name)) {
             return Err(Status::already_exists(&kind, &name));
         }
-        let warnings = admitted.warnings.len() + validation::warnings(&kind, &new, None).len();
+        let warnings = admitted.warnings.len() + validation::warnings(&kind, &new, None, None).len();
         self.stamp(&mut new, true);
         if !dry_run {
             self.keep(call, &new, &changes);
@@ -395,7 +395,8 @@ impl Server {
         if !faults.is_empty() {
             return Err(Status::invalid(&kind, &call.name, &faults));
         }
-        let warnings = admitted.warnings.len() + validation::warnings(&kind, &new, Some(old)).len();
+        let warnings =
+            admitted.warnings.len() + validation::warnings(&kind, &new, Some(old), call.subresource.as_deref()).len();
         self.stamp(&mut new, false);
         if !dry_run {
             self.keep(call, &new, &changes);

@@ -278,7 +278,6 @@ impl Pipeline<'_> {
             rbac::check_write(txn.state(), user, kind, &new, Some(&old_value))?;
         }
         let changes = if kind.is("", "Service") && change.subresource.is_none() {
-            portolan_api::service::drop_type_dependent_fields(&mut new, &old_value);
             let pools = self.server.pools.lock();
             Some(pools.plan_update(kind, &mut new, &old_value, change.dry_run, &mut services::pick)?)
         } else {
@@ -488,7 +487,7 @@ pub async fn create(call: &Call) -> Result<Response<Body>, Status> {
     let change =
         Change { subresource: None, dry_run: options.dry_run, tracking: Tracking::Update { manager: &manager } };
     let kind = &call.entry.kind;
-    warnings.extend(validation::warnings(kind, &new, None));
+    warnings.extend(validation::warnings(kind, &new, None, None));
     if kind.is("apiextensions.k8s.io", "CustomResourceDefinition") {
         warnings.extend(crd::warnings(&new));
     }
@@ -541,7 +540,7 @@ pub async fn update(call: &Call, subresource: Option<&str>) -> Result<Response<B
             let pipeline = call.pipeline();
             let Some(old) = txn.get(&entry.collection, &key).cloned() else {
                 if subresource.is_none() && kind.create_on_update {
-                    more = validation::warnings(kind, &new, None);
+                    more = validation::warnings(kind, &new, None, None);
                     meta::remove(&mut new, &["metadata", "resourceVersion"]);
                     return pipeline.create(txn, entry, call.namespace(), new, change).map(Written::Made);
                 }
@@ -551,7 +550,7 @@ pub async fn update(call: &Call, subresource: Option<&str>) -> Result<Response<B
             if !given.is_empty() && given != meta::uid(&old.value) {
                 return Err(uid_conflict(call, given, meta::uid(&old.value)));
             }
-            more = validation::warnings(kind, &new, Some(&value_in(entry, &old)));
+            more = validation::warnings(kind, &new, Some(&value_in(entry, &old)), subresource);
             pipeline.update(txn, entry, &old, new, change).map(|(object, _)| Written::Changed(object))
         })
         .await?;
@@ -618,7 +617,7 @@ pub async fn patch(call: &Call, subresource: Option<&str>) -> Result<Response<Bo
             warnings = found;
             same_object(call, &current, &mut new)?;
             unique_owners(&mut new, &mut warnings);
-            warnings.extend(validation::warnings(kind, &new, Some(&current)));
+            warnings.extend(validation::warnings(kind, &new, Some(&current), subresource));
             call.pipeline().update(txn, entry, &old, new, change)
         })
         .await?
@@ -678,7 +677,7 @@ async fn apply_patch(call: &Call, subresource: Option<&str>, options: WriteOptio
                     let mut new = apply::apply(ty, None, &applied, manager, force)?;
                     scope(call, &mut new)?;
                     meta::remove(&mut new, &["metadata", "resourceVersion"]);
-                    more = validation::warnings(kind, &new, None);
+                    more = validation::warnings(kind, &new, None, None);
                     pipeline.create(txn, entry, call.namespace(), new, change).map(Written::Made)
                 }
                 Some(old) => {
@@ -689,7 +688,7 @@ async fn apply_patch(call: &Call, subresource: Option<&str>, options: WriteOptio
                     }
                     let mut new = apply::apply(ty, Some(&current), &applied, manager, force)?;
                     same_object(call, &current, &mut new)?;
-                    more = validation::warnings(kind, &new, Some(&current));
+                    more = validation::warnings(kind, &new, Some(&current), subresource);
                     pipeline.update(txn, entry, &old, new, change).map(|(object, _)| Written::Changed(object))
                 }
             }

@@ -5,5 +5,6 @@ mod crash;
 mod load;
 mod repair;
 mod requests;
+mod services;
 mod streams;
 mod support;

@@ -1,5 +1,6 @@
 //! Addresses and ports of Services are put right, and what cannot be is told.
 
+use portolan_apiserver::ServerConfig;
 use portolan_apiserver::store::Key;
 use serde_json::{Value, json};
 
@@ -60,6 +61,32 @@ async fn the_servers_own_service_comes_back() {
     .await;
     let endpoints = "/api/v1/namespaces/default/endpoints/kubernetes";
     until("its endpoints", async || f.get(endpoints).await.code == 200).await;
+
+    // What clients find it by is looked after, too.
+    let slice = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/kubernetes";
+    assert_eq!(f.delete(endpoints).await.code, 200);
+    let edit = json!({"metadata": {"labels": {"kubernetes.io/service-name": "other"}}, "endpoints": []});
+    assert_eq!(f.merge(slice, &edit).await.code, 200);
+    until("its endpoints again", async || f.get(endpoints).await.code == 200).await;
+    until("its slice", async || {
+        let now = f.get(slice).await.body;
+        now["endpoints"][0]["addresses"][0] == "192.0.2.1"
+            && now["metadata"]["labels"]["kubernetes.io/service-name"] == "kubernetes"
+    })
+    .await;
+}
+
+/// Services keep an address as it was sent, its object has the canonical form.
+#[tokio::test]
+async fn an_address_written_in_another_form_comes_back() {
+    let mut config = ServerConfig::new("192.0.2.1:6443".parse().expect("an address"));
+    config.service_cidrs = vec!["fd00:10:96::/112".parse().expect("a range")];
+    let f = Fixture::with(config).await;
+    let made = f.post("/api/v1/namespaces/default/services", &service("a", "fd00:10:96:0::a")).await;
+    assert_eq!(made.body["spec"]["clusterIP"], "fd00:10:96:0::a", "{}", made.body);
+    let object = format!("{ADDRESSES}/fd00:10:96::a");
+    assert_eq!(f.delete(&object).await.code, 200);
+    until("the address", async || f.get(&object).await.code == 200).await;
 }
 
 #[tokio::test]

@@ -187,3 +187,42 @@ async fn logs_and_proxies_reach_their_place_without_credentials() {
     let (head, body) = secure.body(&format!("{pods}/p/log?container=x")).await;
     assert!(head.starts_with("HTTP/1.1 400 ") && body.contains("container x is not valid for pod p"), "{head} {body}");
 }
+
+#[tokio::test]
+async fn proxies_take_every_method_and_keep_clients_below_them() {
+    let secure = Secure::start().await;
+    // A namespace that is named like the subresource must not be taken for it.
+    let pods = "/api/v1/namespaces/proxy-1/pods";
+    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "proxy-1"}});
+    assert_eq!(secure.fixture.post("/api/v1/namespaces", &namespace).await.code, 201);
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "q"},
+        "spec": {"nodeName": "n1", "containers": [{"name": "c", "image": "i", "ports": [{"containerPort": 8080}]}]}});
+    assert_eq!(secure.fixture.post(pods, &pod).await.code, 201);
+    let status = json!({"status": {"podIP": "10.244.1.5"}});
+    assert_eq!(secure.fixture.merge(&format!("{pods}/q/status"), &status).await.code, 200);
+    for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD"] {
+        let (head, _) =
+            secure.ask(&format!("{method} {pods}/q/proxy/a HTTP/1.1\r\nContent-Length: 0"), Some("secret")).await;
+        assert!(head.starts_with("HTTP/1.1 200 "), "{method}: {head}");
+    }
+    let (head, _) = secure.ask(&format!("OPTIONS {pods}/q HTTP/1.1"), Some("secret")).await;
+    assert!(head.starts_with("HTTP/1.1 405 "), "{head}");
+    let (_, body) = secure.body(&format!("{pods}/q/proxy/x?y=z")).await;
+    assert!(body.contains("/x?y=z false"), "{body}");
+    let (head, _) = secure.body(&format!("{pods}/q/proxy?y=z")).await;
+    assert!(head.starts_with("HTTP/1.1 301 "), "{head}");
+    assert!(head.to_lowercase().contains(&format!("location: {pods}/q/proxy/?y=z\r\n")), "{head}");
+}
+
+#[tokio::test]
+async fn the_kubelet_is_reached_through_its_node() {
+    let secure = Secure::start().await;
+    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}});
+    assert_eq!(secure.fixture.post("/api/v1/nodes", &node).await.code, 201);
+    for name in ["n1", "n1:10250", "https:n1:10250"] {
+        let (head, body) = secure.body(&format!("/api/v1/nodes/{name}/proxy/logs/?a=b")).await;
+        assert!(head.starts_with("HTTP/1.1 200 ") && body.contains("/logs/?a=b false"), "{name}: {head}{body}");
+    }
+    let (head, _) = secure.body("/api/v1/nodes/n9/proxy/logs/").await;
+    assert!(head.starts_with("HTTP/1.1 404 "), "{head}");
+}
