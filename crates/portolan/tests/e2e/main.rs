@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod details;
+mod images;
 mod kubectl;
 mod lifecycle;
 mod path;
