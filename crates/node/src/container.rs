@@ -259,7 +259,7 @@ pub(crate) async fn start(request: &StartRequest<'_>) -> Result<Running, StartEr
         cwd: if cwd.is_empty() { "/".to_string() } else { cwd },
         user,
         terminal,
-        capabilities: oci::capabilities(security).map_err(StartError::Config)?,
+        capabilities: oci::capabilities(security, &oci::held()).map_err(StartError::Config)?,
         no_new_privileges: security.and_then(|s| s.allow_privilege_escalation) == Some(false) && !privileged,
         oom_score_adj: 0,
     };
@@ -269,7 +269,7 @@ pub(crate) async fn start(request: &StartRequest<'_>) -> Result<Running, StartEr
         privileged,
         network: request.sandbox.netns.path().to_path_buf(),
         ipc: request.sandbox.ipc.clone(),
-        uts: request.sandbox.uts.clone(),
+        uts: Some(request.sandbox.uts.clone()),
         host_pid: pod.spec.as_ref().and_then(|s| s.host_pid) == Some(true),
         binds: binds(request, &environment, &message_file).map_err(StartError::Config)?,
         limits,
@@ -517,12 +517,11 @@ async fn environment(request: &StartRequest<'_>) -> Result<Environment, String> 
         }
     }
     env.set_default("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
-    let hostname = match request.sandbox.uts {
-        Some(_) => crate::hosts::hostname(
-            &pod.spec.clone().unwrap_or_default(),
-            pod.metadata.name.as_deref().unwrap_or_default(),
-        ),
-        None => context.config.name.clone(),
+    let hostname = match &pod.spec {
+        Some(spec) if spec.host_network != Some(true) => {
+            crate::hosts::hostname(spec, pod.metadata.name.as_deref().unwrap_or_default())
+        }
+        _ => context.config.name.clone(),
     };
     env.set("HOSTNAME", hostname);
     if container.tty == Some(true) {

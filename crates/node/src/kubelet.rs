@@ -204,6 +204,36 @@ impl Kubelet {
         found.max_by_key(|p| creation(&p.handle.updates.borrow().pod)).map(|p| p.handle.shared.clone())
     }
 
+    /// The pods of this node as a `v1` PodList, as last heard from the API server.
+    pub(crate) fn pod_list(&self) -> Value {
+        let items: Vec<Pod> = self.pods().values().map(|p| (*p.handle.updates.borrow().pod).clone()).collect();
+        json!({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items})
+    }
+
+    /// The settings in force, in the words of `KubeletConfiguration`.
+    pub(crate) fn configuration(&self) -> Value {
+        let config = &self.inner.context.config;
+        json!({"kubeletconfig": {
+            "kind": "KubeletConfiguration",
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "clusterDNS": config.cluster_dns,
+            "clusterDomain": config.cluster_domain,
+            "maxPods": config.max_pods,
+            "podCIDR": config.pod_cidr,
+            "resolvConf": config.host_resolv_conf,
+            "nodeLeaseDurationSeconds": LEASE_SECONDS,
+        }})
+    }
+
+    /// Where the logs of each pod are, by `{namespace}_{name}_{uid}`, as kubelets name it.
+    pub(crate) fn log_folders(&self) -> BTreeMap<String, PathBuf> {
+        let base = self.inner.context.state_dir.join("pods");
+        let pods = self.pods();
+        pods.iter()
+            .map(|(uid, pod)| (format!("{}_{}_{uid}", pod.namespace, pod.name), base.join(uid).join("logs")))
+            .collect()
+    }
+
     fn pods(&self) -> std::sync::MutexGuard<'_, HashMap<String, KnownPod>> {
         self.inner.pods.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -122,56 +122,69 @@ const DEFAULT_CAPABILITIES: &[&str] = &[
     "CAP_SYS_CHROOT",
 ];
 
-/// All capabilities of capabilities(7).
+/// All capabilities of capabilities(7), in the order of their bits.
 const ALL_CAPABILITIES: &[&str] = &[
-    "CAP_AUDIT_CONTROL",
-    "CAP_AUDIT_READ",
-    "CAP_AUDIT_WRITE",
-    "CAP_BLOCK_SUSPEND",
-    "CAP_BPF",
-    "CAP_CHECKPOINT_RESTORE",
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
     "CAP_DAC_READ_SEARCH",
     "CAP_FOWNER",
     "CAP_FSETID",
-    "CAP_IPC_LOCK",
-    "CAP_IPC_OWNER",
     "CAP_KILL",
-    "CAP_LEASE",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
     "CAP_LINUX_IMMUTABLE",
-    "CAP_MAC_ADMIN",
-    "CAP_MAC_OVERRIDE",
-    "CAP_MKNOD",
-    "CAP_NET_ADMIN",
     "CAP_NET_BIND_SERVICE",
     "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
     "CAP_NET_RAW",
-    "CAP_PERFMON",
-    "CAP_SETFCAP",
-    "CAP_SETGID",
-    "CAP_SETPCAP",
-    "CAP_SETUID",
-    "CAP_SYSLOG",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
     "CAP_SYS_ADMIN",
     "CAP_SYS_BOOT",
-    "CAP_SYS_CHROOT",
-    "CAP_SYS_MODULE",
     "CAP_SYS_NICE",
-    "CAP_SYS_PACCT",
-    "CAP_SYS_PTRACE",
-    "CAP_SYS_RAWIO",
     "CAP_SYS_RESOURCE",
     "CAP_SYS_TIME",
     "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
+    "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
     "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
 ];
 
-/// The capabilities that a security context grants. Names may come with or without `CAP_`, `ALL` means all of them; drops are
-/// applied before adds (Kubernetes API, Capabilities).
-pub fn capabilities(context: Option<&SecurityContext>) -> Result<Vec<String>, String> {
+/// The capabilities that this process can hand on. Where it runs confined itself these are not all, and containers that are
+/// granted all get what there is.
+pub fn held() -> Vec<&'static str> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let bounding = status.lines().find_map(|line| line.strip_prefix("CapBnd:"));
+    in_mask(bounding.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(u64::MAX))
+}
+
+fn in_mask(mask: u64) -> Vec<&'static str> {
+    ALL_CAPABILITIES.iter().enumerate().filter(|(bit, _)| mask & (1 << bit) != 0).map(|(_, name)| *name).collect()
+}
+
+/// The capabilities that a security context grants. Names may come with or without `CAP_`, `ALL` means all that are `held`;
+/// drops are applied before adds (Kubernetes API, Capabilities).
+pub fn capabilities(context: Option<&SecurityContext>, held: &[&str]) -> Result<Vec<String>, String> {
+    let all = || held.iter().map(|c| c.to_string());
     if context.is_some_and(|c| c.privileged == Some(true)) {
-        return Ok(ALL_CAPABILITIES.iter().map(|c| c.to_string()).collect());
+        return Ok(all().collect());
     }
     let mut granted: std::collections::BTreeSet<String> = DEFAULT_CAPABILITIES.iter().map(|c| c.to_string()).collect();
     let wanted = context.and_then(|c| c.capabilities.as_ref());
@@ -188,7 +201,7 @@ pub fn capabilities(context: Option<&SecurityContext>) -> Result<Vec<String>, St
     }
     for name in wanted.and_then(|w| w.add.as_ref()).into_iter().flatten().map(full) {
         if name == "ALL" {
-            granted.extend(ALL_CAPABILITIES.iter().map(|c| c.to_string()));
+            granted.extend(all());
         } else if ALL_CAPABILITIES.contains(&name.as_str()) {
             granted.insert(name);
         } else {
@@ -473,12 +486,25 @@ mod tests {
             capabilities: Some(Capabilities { add: Some(strings(add)), drop: Some(strings(drop)) }),
             ..Default::default()
         };
-        assert_eq!(capabilities(Some(&context(&["NET_ADMIN"], &["ALL"]))).unwrap(), ["CAP_NET_ADMIN"]);
-        assert_eq!(capabilities(None).unwrap().len(), 14);
-        assert!(!capabilities(Some(&context(&[], &["net_raw"]))).unwrap().contains(&"CAP_NET_RAW".to_string()));
-        assert!(capabilities(Some(&context(&["FLY"], &[]))).is_err());
+        assert_eq!(
+            capabilities(Some(&context(&["NET_ADMIN"], &["ALL"])), ALL_CAPABILITIES).unwrap(),
+            ["CAP_NET_ADMIN"]
+        );
+        assert_eq!(capabilities(None, ALL_CAPABILITIES).unwrap().len(), 14);
+        assert!(
+            !capabilities(Some(&context(&[], &["net_raw"])), ALL_CAPABILITIES)
+                .unwrap()
+                .contains(&"CAP_NET_RAW".to_string())
+        );
+        assert!(capabilities(Some(&context(&["FLY"], &[])), ALL_CAPABILITIES).is_err());
         let privileged = SecurityContext { privileged: Some(true), ..Default::default() };
-        assert_eq!(capabilities(Some(&privileged)).unwrap().len(), ALL_CAPABILITIES.len());
+        let held = in_mask(!(1 << 24));
+        assert_eq!(held.len(), ALL_CAPABILITIES.len() - 1);
+        for all in [privileged, context(&["ALL"], &[])] {
+            let granted = capabilities(Some(&all), &held).unwrap();
+            assert_eq!(granted.len(), held.len());
+            assert!(!granted.contains(&"CAP_SYS_RESOURCE".to_string()));
+        }
     }
 
     #[test]

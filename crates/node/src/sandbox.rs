@@ -105,8 +105,8 @@ pub(crate) struct Sandbox {
     pub netns: Netns,
     /// IPC namespace; `None` for hostIPC.
     pub ipc: Option<PathBuf>,
-    /// UTS namespace (host name); `None` for hostNetwork, which has the node's name.
-    pub uts: Option<PathBuf>,
+    /// UTS namespace (host name); with hostNetwork it holds the node's name, which need not be the machine's.
+    pub uts: PathBuf,
     /// The pod's address: its own, or the node's.
     pub ip: IpAddr,
     own_network: Option<OwnNetwork>,
@@ -162,9 +162,9 @@ impl Sandbox {
             .map(|s| (s.name.clone(), s.value.clone()))
             .collect();
         let ipc = own_ipc.then(|| request.dir.join("ipc"));
-        let uts = (!host_network).then(|| request.dir.join("uts"));
+        let uts = request.dir.join("uts");
         let hostname = request.hostname.to_string();
-        name_namespaces(ipc.as_deref(), uts.as_deref(), &hostname, &sysctls)
+        name_namespaces(ipc.as_deref(), &uts, &hostname, &sysctls)
             .map_err(|source| SandboxError::Namespace { action: "make the pod's namespaces".to_string(), source })?;
         if host_network {
             return Ok(Sandbox { netns: node.clone(), ipc, uts, ip: request.ip, own_network: None });
@@ -206,7 +206,7 @@ impl Sandbox {
             // Explicitly, because the kernel destroys a namespace some time after its last user.
             netlink.delete_link(&own.link).await?;
         }
-        let paths = self.own_network.as_ref().map(|own| own.path.clone()).into_iter().chain(self.ipc).chain(self.uts);
+        let paths = self.own_network.as_ref().map(|own| own.path.clone()).into_iter().chain(self.ipc).chain([self.uts]);
         for path in paths {
             unmount(&path)
                 .and_then(|()| fs::remove_file(&path))
@@ -217,24 +217,19 @@ impl Sandbox {
 }
 
 /// Makes IPC and UTS namespaces and names them by bind mounts. A thread of its own: unshare changes only the caller.
-fn name_namespaces(
-    ipc: Option<&Path>,
-    uts: Option<&Path>,
-    hostname: &str,
-    sysctls: &[(String, String)],
-) -> io::Result<()> {
+fn name_namespaces(ipc: Option<&Path>, uts: &Path, hostname: &str, sysctls: &[(String, String)]) -> io::Result<()> {
     std::thread::scope(|scope| {
         let work = move || -> io::Result<()> {
-            for (path, flag, kind) in [(ipc, CloneFlags::CLONE_NEWIPC, "ipc"), (uts, CloneFlags::CLONE_NEWUTS, "uts")] {
+            for (path, flag, kind) in
+                [(ipc, CloneFlags::CLONE_NEWIPC, "ipc"), (Some(uts), CloneFlags::CLONE_NEWUTS, "uts")]
+            {
                 let Some(path) = path else { continue };
                 unshare(flag)?;
                 fs::OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
                 let source = PathBuf::from(format!("/proc/thread-self/ns/{kind}"));
                 mount(Some(&source), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
             }
-            if uts.is_some() {
-                nix::unistd::sethostname(hostname)?;
-            }
+            nix::unistd::sethostname(hostname)?;
             if ipc.is_some() {
                 for (name, value) in sysctls.iter().filter(|(name, _)| !name.starts_with("net.")) {
                     set_sysctl(name, value)?;

@@ -1,9 +1,10 @@
 //! The kubelet's HTTP API on a connection that somebody else accepted and authorised.
 //!
 //! `/containerLogs/{namespace}/{pod}/{container}`, and over WebSocket or SPDY `/exec/…`, `/attach/…` and `/portForward/{namespace}/{pod}`,
-//! as the API server of Kubernetes calls them. Errors are Status objects, so that they can be passed on as they are.
+//! as the API server of Kubernetes calls them; `/pods`, `/configz` and `/logs/` through the node's proxy subresource. Errors are Status objects, so that they can be passed on as they are.
 
 use std::convert::Infallible;
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -160,7 +161,66 @@ async fn route(kubelet: &Kubelet, request: Request<Incoming>) -> Result<Response
             let sandbox = shared.sandbox().ok_or_else(|| Refusal::bad_request(format!("pod {pod} is not running")))?;
             stream::port_forward(request, sandbox, format!("{namespace}/{pod}"), &query)
         }
+        ["pods"] => Ok(reply("application/json", kubelet.pod_list().to_string())),
+        ["configz"] => Ok(reply("application/json", kubelet.configuration().to_string())),
+        ["logs", place @ ..] => {
+            let place = place.iter().map(|s| s.to_string()).collect();
+            files(kubelet, place, path.ends_with('/')).await
+        }
         _ => Err(Refusal::not_found("the kubelet serves no such path")),
+    }
+}
+
+fn reply(content_type: &'static str, body: impl Into<Bytes>) -> Response<Body> {
+    let mut response = Response::new(Full::new(body.into()).boxed());
+    response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static(content_type));
+    response
+}
+
+/// What kubelets show of `/var/log`: here `pods/{namespace}_{name}_{uid}/{container}/{attempt}.log`. Folders are pages of links.
+async fn files(kubelet: &Kubelet, place: Vec<String>, slash: bool) -> Result<Response<Body>, Refusal> {
+    let gone = || Refusal::not_found("404 page not found");
+    let page = |names: Vec<String>| {
+        let links: String = names.iter().map(|name| format!("<a href=\"{name}\">{name}</a>\n")).collect();
+        reply("text/html; charset=utf-8", format!("<pre>\n{links}</pre>\n"))
+    };
+    let list = |dir: &Path, suffix: &str| -> Vec<String> {
+        let mut names: Vec<String> = std::fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| Some(format!("{}{suffix}", entry.ok()?.file_name().to_str()?)))
+            .collect();
+        names.sort();
+        names
+    };
+    let place: Vec<&str> = place.iter().map(String::as_str).filter(|s| !s.is_empty()).collect();
+    let folders = kubelet.log_folders();
+    let find = |pod: &str| folders.get(pod).ok_or_else(gone);
+    // Only names that are there lead on, so that no path leads out.
+    let inside = |dir: &Path, name: &str| {
+        if list(dir, "").iter().any(|there| there == name) { Ok(dir.join(name)) } else { Err(gone()) }
+    };
+    if place.len() < 4 && !slash {
+        let mut moved = Response::new(Full::new(Bytes::new()).boxed());
+        *moved.status_mut() = StatusCode::MOVED_PERMANENTLY;
+        let last = place.last().copied().unwrap_or("logs");
+        if let Ok(to) = http::HeaderValue::from_str(&format!("{last}/")) {
+            moved.headers_mut().insert(http::header::LOCATION, to);
+        }
+        return Ok(moved);
+    }
+    match place.as_slice() {
+        [] => Ok(page(vec!["pods/".to_string()])),
+        ["pods"] => Ok(page(folders.keys().map(|pod| format!("{pod}/")).collect())),
+        ["pods", pod] => Ok(page(list(find(pod)?, "/"))),
+        ["pods", pod, container] => Ok(page(list(&inside(find(pod)?, container)?, ""))),
+        ["pods", pod, container, file] => {
+            let path = inside(&inside(find(pod)?, container)?, file)?;
+            let bytes =
+                tokio::fs::read(&path).await.map_err(|e| Refusal::internal(format!("cannot read {file}: {e}")))?;
+            Ok(reply("text/plain; charset=utf-8", bytes))
+        }
+        _ => Err(gone()),
     }
 }
 

@@ -317,6 +317,9 @@ pub struct NodeView {
     pub masquerade_all: bool,
 }
 
+/// A slice and its key.
+type NamedSlice = (Arc<ObjectKey>, Arc<Slice>);
+
 /// One consistent view of the objects that decide about Services.
 ///
 /// It is what an agent keeps of a cluster, so it is kept small: parsed values, strings once.
@@ -326,7 +329,7 @@ pub struct World {
     /// The Service that each slice belongs to.
     service_of: BTreeMap<Arc<ObjectKey>, Arc<ObjectKey>>,
     /// The slices of each Service, in the order of their names.
-    slices_of: BTreeMap<Arc<ObjectKey>, Vec<(Arc<ObjectKey>, Arc<Slice>)>>,
+    slices_of: BTreeMap<Arc<ObjectKey>, Vec<NamedSlice>>,
     service_cidrs: BTreeMap<String, Vec<IpNet>>,
     pods: BTreeMap<Arc<ObjectKey>, Arc<HostPortPod>>,
     /// Slices of no Service, with what there is to say about them.
@@ -545,7 +548,8 @@ impl ServiceSpec {
         let service_type = spec.type_.as_deref().unwrap_or("ClusterIP");
         if service_type == "ExternalName"
             || spec.cluster_ip.as_deref() == Some("None")
-            || meta.labels.as_ref().is_some_and(|l| l.contains_key(PROXY_NAME_LABEL))
+            // Kube-proxy leaves out whatever bears either label, Services as well as slices.
+            || meta.labels.as_ref().is_some_and(|l| l.contains_key(PROXY_NAME_LABEL) || l.contains_key(HEADLESS_LABEL))
         {
             return None;
         }
@@ -1079,6 +1083,25 @@ pub fn parse_net(text: &str) -> Option<IpNet> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn services_of_others_are_left_out() {
+        let service = |labels: serde_json::Value, spec: serde_json::Value| -> Service {
+            serde_json::from_value(serde_json::json!({"metadata": {"name": "s", "labels": labels}, "spec": spec}))
+                .unwrap()
+        };
+        let ours = serde_json::json!({"clusterIP": "10.96.0.7", "ports": [{"port": 80}]});
+        for (labels, spec, expected) in [
+            (serde_json::json!({"app": "x"}), ours.clone(), true),
+            (serde_json::json!({PROXY_NAME_LABEL: "other"}), ours.clone(), false),
+            (serde_json::json!({PROXY_NAME_LABEL: ""}), ours.clone(), false),
+            (serde_json::json!({HEADLESS_LABEL: ""}), ours, false),
+            (serde_json::json!({}), serde_json::json!({"clusterIP": "None"}), false),
+            (serde_json::json!({}), serde_json::json!({"type": "ExternalName", "externalName": "x"}), false),
+        ] {
+            assert_eq!(ServiceSpec::parse(&service(labels.clone(), spec)).is_some(), expected, "{labels}");
+        }
+    }
 
     #[test]
     fn sloppy_addresses_have_one_canonical_form() {
