@@ -25,7 +25,7 @@ pub const SCRATCH: u32 = 1 << 15;
 const AFFINITY_ENTRIES: u32 = 1 << 20;
 
 /// A chain whose existence says which layout a table found at start has. Change the number with the layout.
-pub const MARKER: &str = "layout-2";
+pub const MARKER: &str = "layout-3";
 
 /// Name of the table in both families.
 pub const TABLE: &str = "portolan-services";
@@ -453,8 +453,8 @@ pub fn table(family: IpFamily) -> Table {
     }
 }
 
-/// Chain that refuses.
-pub const REJECT: &str = "reject";
+/// Chain that refuses. Not `reject`: that is a word of nft's grammar, and a listing with it could not be loaded again.
+pub const REJECT: &str = "refuse";
 /// Chain for external frontends with policy Local.
 pub const LOCAL_POLICY: &str = "local-policy";
 /// The same for node ports.

@@ -270,3 +270,179 @@ pub(crate) struct Told {
 fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs_f64()).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{Arc, mpsc};
+    use std::time::Duration;
+
+    use portolan_nft::{Element, Error, Executor, Fake, Op, Set, Table, Transaction};
+    use portolan_observe::Observer;
+    use portolan_plan::world::{NodeView, ObjectKey, SliceManifest};
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::applier::{self, Mailbox};
+    use crate::proxy::{Change, ServiceProxy};
+    use crate::watched::SliceChange;
+
+    const DEADLINE: Duration = Duration::from_secs(20);
+
+    /// Refuses on demand what it is given to do.
+    struct Moody {
+        fake: Fake,
+        refuse: Arc<AtomicBool>,
+        refuse_cleanup: Arc<AtomicBool>,
+    }
+
+    impl Executor for Moody {
+        fn commit(&mut self, transaction: &Transaction) -> Result<(), Error> {
+            let cleanup = transaction.ops.iter().any(|op| matches!(op, Op::DeleteChain { .. }));
+            if self.refuse.load(Ordering::Relaxed) || cleanup && self.refuse_cleanup.load(Ordering::Relaxed) {
+                return Err(Error::Text { message: "busy".into() });
+            }
+            self.fake.commit(transaction)
+        }
+        fn elements(&mut self, table: &Table, set: &Set) -> Result<Option<Vec<Element>>, Error> {
+            self.fake.elements(table, set)
+        }
+        fn chains(&mut self, table: &Table) -> Result<Vec<String>, Error> {
+            self.fake.chains(table)
+        }
+    }
+
+    /// The sum of the series of a name whose labels contain `label`; `None` when there is none.
+    fn value(observer: &Observer, name: &str, label: &str) -> Option<f64> {
+        let text = observer.encode();
+        let lines = text.lines().filter(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
+        let values: Vec<f64> =
+            lines.filter(|l| l.contains(label)).filter_map(|l| l.rsplit(' ').next()?.parse().ok()).collect();
+        (!values.is_empty()).then(|| values.iter().sum())
+    }
+
+    fn service(policy: &str) -> Change {
+        let object = json!({
+            "metadata": {"namespace": "ns", "name": "s"},
+            "spec": {"clusterIP": "10.96.0.1", "internalTrafficPolicy": policy, "ports": [{"port": 80}]},
+        });
+        Change::service(&serde_json::from_value(object).unwrap())
+    }
+
+    fn slice(endpoints: usize, annotations: Value) -> SliceChange {
+        let endpoints: Vec<Value> =
+            (0..endpoints).map(|i| json!({"addresses": [format!("10.244.0.{}", i + 1)]})).collect();
+        let manifest: SliceManifest = serde_json::from_value(json!({
+            "metadata": {"namespace": "ns", "name": "s-1", "labels": {"kubernetes.io/service-name": "s"}, "annotations": annotations},
+            "addressType": "IPv4", "ports": [{"name": "", "port": 8080}], "endpoints": endpoints,
+        }))
+        .unwrap();
+        SliceChange::from(&manifest)
+    }
+
+    #[test]
+    fn each_metric_is_moved_by_what_it_says() {
+        let observer = Observer::new();
+        let metrics = observer.register(Metrics::register);
+        let mailbox = Mailbox::counted(metrics.clone());
+        let (refuse, refuse_cleanup) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let moody = Moody { fake: Fake::default(), refuse: refuse.clone(), refuse_cleanup: refuse_cleanup.clone() };
+        let proxy =
+            ServiceProxy::with_executor(Box::new(moody), None, NodeView { name: "n1".into(), ..NodeView::default() });
+        let (sender, synced) = mpsc::channel();
+        let applier = std::thread::spawn({
+            let (mailbox, metrics) = (mailbox.clone(), metrics.clone());
+            move || {
+                let mut told = Told::default();
+                applier::run(proxy, &mailbox, |applied| {
+                    metrics.applied(&applied, &mut told);
+                    let _ = sender.send(applied.report.is_ok());
+                });
+            }
+        });
+        let v4 = |name: &str| value(&observer, &format!("kubeproxy_{name}"), "IPv4");
+        let put_service = |policy: &str| match service(policy) {
+            Change::Service(key, service) => mailbox.service(key, service),
+            other => panic!("{other:?}"),
+        };
+        let key = ObjectKey::new("ns", "s-1");
+        let next = || synced.recv_timeout(DEADLINE).unwrap();
+
+        // Pending until the lists are complete; another state of the same object is no second change.
+        put_service("Cluster");
+        put_service("Cluster");
+        mailbox.slice(key.clone(), slice(1, Value::Null));
+        assert_eq!(v4("sync_proxy_rules_service_changes_pending"), Some(1.0));
+        assert_eq!(v4("sync_proxy_rules_endpoint_changes_pending"), Some(1.0));
+        assert_eq!(value(&observer, "kubeproxy_sync_proxy_rules_endpoint_changes_pending", "IPv6"), Some(0.0));
+        assert!(v4("sync_proxy_rules_last_queued_timestamp_seconds").unwrap() > 1e9);
+        assert_eq!(v4("sync_proxy_rules_last_timestamp_seconds"), None);
+        mailbox.services_listed();
+        mailbox.slices_listed();
+        mailbox.node_listed();
+        mailbox.pods_listed();
+        assert!(next());
+        assert_eq!(v4("sync_proxy_rules_service_changes_pending"), Some(0.0));
+        assert_eq!(v4("sync_proxy_rules_endpoint_changes_pending"), Some(0.0));
+        assert_eq!(v4("sync_proxy_rules_service_changes_total"), Some(1.0));
+        assert_eq!(v4("sync_proxy_rules_endpoint_changes_total"), Some(1.0));
+        assert!(v4("sync_proxy_rules_last_timestamp_seconds").unwrap() > 1e9);
+        assert_eq!(v4("sync_full_proxy_rules_duration_seconds_count"), Some(1.0));
+        assert_eq!(v4("sync_partial_proxy_rules_duration_seconds_count"), Some(0.0));
+        assert_eq!(v4("sync_proxy_rules_duration_seconds_count"), Some(1.0));
+        assert_eq!(v4("network_programming_duration_seconds_count"), Some(0.0));
+
+        // A change with the time of its cause, incrementally.
+        let trigger = json!({"endpoints.kubernetes.io/last-change-trigger-time": "2026-01-01T00:00:00Z"});
+        mailbox.slice(key.clone(), slice(2, trigger));
+        assert!(next());
+        assert_eq!(v4("sync_partial_proxy_rules_duration_seconds_count"), Some(1.0));
+        assert_eq!(v4("sync_full_proxy_rules_duration_seconds_count"), Some(1.0));
+        assert_eq!(v4("network_programming_duration_seconds_count"), Some(1.0));
+        assert!(v4("network_programming_duration_seconds_sum").unwrap() > 0.0);
+
+        // No endpoint of the Service is on this node.
+        let no_local = |policy: &str| {
+            value(
+                &observer,
+                "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+                &format!("\"IPv4\",traffic_policy=\"{policy}\""),
+            )
+        };
+        assert_eq!((no_local("internal"), no_local("external")), (Some(0.0), Some(0.0)));
+        put_service("Local");
+        assert!(next());
+        assert_eq!((no_local("internal"), no_local("external")), (Some(1.0), Some(0.0)));
+
+        // A kernel that refuses: a failure is counted and the last success stays.
+        refuse.store(true, Ordering::Relaxed);
+        let before = v4("sync_proxy_rules_last_timestamp_seconds");
+        assert_eq!(v4("sync_proxy_rules_nftables_sync_failures_total"), Some(0.0));
+        put_service("Cluster");
+        assert!(!next());
+        assert_eq!(v4("sync_proxy_rules_nftables_sync_failures_total"), Some(1.0));
+        assert_eq!(v4("sync_proxy_rules_last_timestamp_seconds"), before);
+        refuse.store(false, Ordering::Relaxed);
+        while !next() {}
+
+        // Chains that are not used any more and cannot be removed.
+        assert_eq!(v4("sync_proxy_rules_nftables_cleanup_failures_total"), Some(0.0));
+        mailbox.slice(key, slice(3, Value::Null));
+        assert!(next());
+        refuse_cleanup.store(true, Ordering::Relaxed);
+        mailbox.interfered();
+        assert!(next());
+        assert_eq!(v4("sync_proxy_rules_nftables_cleanup_failures_total"), Some(1.0));
+        assert_eq!(value(&observer, "portolan_dataplane_healed_total", ""), Some(1.0));
+
+        metrics.looked(Look { deleted: 3, took: Duration::from_millis(1) });
+        assert_eq!(value(&observer, "kubeproxy_conntrack_reconciler_deleted_entries_total", ""), Some(3.0));
+        assert_eq!(value(&observer, "kubeproxy_conntrack_reconciler_sync_duration_seconds_count", ""), Some(1.0));
+        metrics.health_checked(false, 503);
+        metrics.health_checked(true, 200);
+        assert_eq!(value(&observer, "kubeproxy_proxy_healthz_total", "503"), Some(1.0));
+        assert_eq!(value(&observer, "kubeproxy_proxy_livez_total", "200"), Some(1.0));
+        mailbox.close();
+        applier.join().unwrap();
+    }
+}

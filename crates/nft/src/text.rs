@@ -289,7 +289,9 @@ fn verdict(out: &mut String, verdict: &Verdict) {
 /// Applies transactions with the `nft` program, which must be installed. Slower than netlink by the start of a process;
 /// there to check the netlink encoding against, and for people who want to read along.
 ///
-/// The program runs in the network namespace of the calling thread.
+/// The program runs in the network namespace of the calling thread. nft 1.0.6 cannot read a set back whose key has an address
+/// and a transport port by example, so with that version only the first transactions on a table with such sets succeed: those
+/// that make it.
 #[derive(Debug, Default)]
 pub struct TextExecutor;
 

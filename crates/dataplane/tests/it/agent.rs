@@ -10,7 +10,7 @@ use portolan_apiserver::{Server, ServerConfig, User};
 use portolan_dataplane::layout::{self, SetId};
 use portolan_dataplane::{AgentConfig, run};
 use portolan_linux::Netns;
-use portolan_nft::{Element, Executor, NetlinkExecutor};
+use portolan_nft::{Element, Executor, NetlinkExecutor, Op, Transaction};
 use portolan_observe::Observer;
 use portolan_plan::world::IpFamily;
 use serde_json::{Value, json};
@@ -37,6 +37,12 @@ async fn until(what: &str, mut holds: impl FnMut() -> Result<(), String>) -> Dur
         }
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
+}
+
+fn metric(observer: &Observer, name: &str) -> f64 {
+    let text = observer.encode();
+    let line = text.lines().find(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
+    line.and_then(|l| l.rsplit(' ').next()?.parse().ok()).unwrap_or_default()
 }
 
 fn frontend_of<'a>(all: &'a [Element], comment: &str) -> Option<&'a Element> {
@@ -173,6 +179,29 @@ async fn objects_written_through_the_api_reach_the_kernel() {
         let conflict = all.iter().find(|e| e.reason.as_deref() == Some("AddressConflict"));
         if let Some(event) = conflict {
             assert_eq!(event.involved_object.name.as_deref(), Some("z-thief"));
+            break;
+        }
+        assert!(Instant::now() < deadline, "{all:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+
+    // Somebody removes the table: it comes back, and the Node's events and the metrics say so.
+    let healed = || metric(&observer, "portolan_dataplane_healed_total");
+    assert_eq!(healed(), 0.0, "our own changes are no interference");
+    let mut vandal = space.run(NetlinkExecutor::new).unwrap().unwrap();
+    vandal.commit(&Transaction { table: layout::table(IpFamily::V4), ops: vec![Op::DeleteTable] }).unwrap();
+    until("the table is back", || {
+        let seen = elements(&space, SetId::NodePortSlots);
+        if seen.len() == 3 { Ok(()) } else { Err(format!("{seen:?}")) }
+    })
+    .await;
+    until("it is counted", || if healed() >= 1.0 { Ok(()) } else { Err(observer.encode()) }).await;
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        let all = events.list(&ListParams::default()).await.unwrap().items;
+        if let Some(event) = all.iter().find(|e| e.reason.as_deref() == Some("ServiceRulesChanged")) {
+            assert_eq!(event.involved_object.kind.as_deref(), Some("Node"));
+            assert_eq!(event.involved_object.name.as_deref(), Some("node-1"));
             break;
         }
         assert!(Instant::now() < deadline, "{all:?}");

@@ -24,11 +24,45 @@ pub fn conformance() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../conformance")
 }
 
-pub fn load() -> Vec<Case> {
+fn recorded() -> Vec<Value> {
     let text = std::fs::read_to_string(conformance().join("golden/traffic.jsonl")).unwrap();
-    text.lines()
-        .map(|line| {
-            let value: Value = serde_json::from_str(line).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+pub fn load() -> Vec<Case> {
+    cases(recorded())
+}
+
+/// The cases that are recorded over IPv4 alone, with every address replaced by its IPv6 counterpart.
+pub fn load_over_ipv6(topics: &[&str]) -> Vec<Case> {
+    let alone = |case: &Value| {
+        let text = case.to_string();
+        !text.contains(".6\"") && !text.contains("IPv6") && !text.contains("loadBalancerSourceRanges")
+    };
+    let chosen = recorded().into_iter().filter(|c| topics.contains(&c["topic"].as_str().unwrap()) && alone(c));
+    cases(chosen.map(|case| over_ipv6(case, false)).collect())
+}
+
+fn over_ipv6(value: Value, is_place: bool) -> Value {
+    match value {
+        Value::String(text) if text == "IPv4" => "IPv6".into(),
+        Value::String(text) if text.starts_with('$') && text != "$ns" || is_place => format!("{text}.6").into(),
+        Value::Array(items) => items.into_iter().map(|v| over_ipv6(v, false)).collect(),
+        Value::Object(map) => map
+            .into_iter()
+            .map(|(key, value)| {
+                let is_place = key == "to" && value.is_string();
+                (key, over_ipv6(value, is_place))
+            })
+            .collect(),
+        other => other,
+    }
+}
+
+fn cases(recorded: Vec<Value>) -> Vec<Case> {
+    recorded
+        .into_iter()
+        .map(|value| {
             let list = |v: &Value| v.as_array().cloned().unwrap_or_default();
             let mut objects = list(&value["objects"]["services"]);
             objects.extend(list(&value["objects"]["endpointslices"]));

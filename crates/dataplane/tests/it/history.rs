@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use portolan_dataplane::layout::{self, SetId};
 use portolan_dataplane::{Change, ServiceProxy};
-use portolan_nft::{Data, Element, Error, Executor, Fake, Set, Table, Transaction, Value};
+use portolan_nft::{Data, Element, Error, Executor, Fake, Op, Set, Table, Transaction, Value};
 use portolan_plan::world::{IpFamily, ObjectKey};
 use serde_json::{Value as Json, json};
 
@@ -165,6 +165,121 @@ fn incremental_rendering_equals_rendering_from_scratch() {
         let after = content(&mut fake, IpFamily::V4);
         assert_eq!(before.0, after.0, "seed {seed}");
         assert_eq!(after.1, content(&mut fresh_fake, IpFamily::V4).1, "seed {seed}");
+    }
+}
+
+/// Counts what is asked of the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Count {
+    transactions: usize,
+    messages: usize,
+    elements: usize,
+    /// Times that something was read back.
+    reads: usize,
+}
+
+#[derive(Clone, Default)]
+struct Counting(Arc<Mutex<(Fake, Count)>>);
+
+impl Executor for Counting {
+    fn commit(&mut self, transaction: &Transaction) -> Result<(), Error> {
+        let mut held = self.0.lock().unwrap();
+        held.1.transactions += 1;
+        held.1.messages += portolan_nft::netlink::messages(transaction);
+        held.1.elements += transaction
+            .ops
+            .iter()
+            .map(|op| match op {
+                Op::AddElements { elements, .. } | Op::DeleteElements { elements, .. } => elements.len(),
+                _ => 0,
+            })
+            .sum::<usize>();
+        held.0.commit(transaction)
+    }
+    fn elements(&mut self, table: &Table, set: &Set) -> Result<Option<Vec<Element>>, Error> {
+        let mut held = self.0.lock().unwrap();
+        held.1.reads += 1;
+        held.0.elements(table, set)
+    }
+    fn chains(&mut self, table: &Table) -> Result<Vec<String>, Error> {
+        let mut held = self.0.lock().unwrap();
+        held.1.reads += 1;
+        held.0.chains(table)
+    }
+}
+
+/// What the same changes of one Service cost in clusters of two sizes, and of that Service in two sizes.
+#[test]
+fn the_work_for_a_change_follows_the_size_of_its_service() {
+    let slice = |service: &str, n: usize| {
+        let endpoints: Vec<Json> =
+            (0..n).map(|i| json!({"addresses": [format!("10.244.9.{}", i + 1)], "nodeName": "n1"})).collect();
+        let object = json!({
+            "metadata": {"namespace": "t", "name": service, "labels": {"kubernetes.io/service-name": service}},
+            "addressType": "IPv4", "ports": [{"name": "", "port": 8080, "protocol": "TCP"}], "endpoints": endpoints,
+        });
+        Change::slice(&serde_json::from_value(object).unwrap())
+    };
+    let service = |n: usize, affinity: &str| {
+        let object = json!({
+            "metadata": {"namespace": "t", "name": format!("s{n}")},
+            "spec": {
+                "type": "LoadBalancer", "clusterIP": format!("10.96.{}.{}", n / 250, n % 250 + 1), "externalTrafficPolicy": "Local",
+                "ports": [{"port": 80, "nodePort": 30000 + n}], "sessionAffinity": affinity, "healthCheckNodePort": 20000 + n,
+            },
+            "status": {"loadBalancer": {"ingress": [{"ip": format!("203.0.{}.{}", n / 250, n % 250 + 1)}]}},
+        });
+        Change::service(&serde_json::from_value(object).unwrap())
+    };
+    let costs = |services: usize, endpoints: usize| {
+        let kernel = Counting::default();
+        let mut proxy = ServiceProxy::with_executor(Box::new(kernel.clone()), None, lab::node_view("n1"));
+        for n in 0..services {
+            proxy.change(service(n, if n % 2 == 0 { "None" } else { "ClientIP" }));
+            // One after another: the Service in question is of its own size, all others are alike.
+            proxy.change(slice(&format!("s{n}"), if n == 7 { endpoints } else { 5 }));
+        }
+        assert!(proxy.sync().is_ok());
+        let changes = [
+            slice("s7", endpoints + 1),
+            slice("s7", endpoints),
+            service(7, "None"),
+            service(7, "ClientIP"),
+            slice("s7", 0),
+            Change::service_gone(ObjectKey::new("t", "s7")),
+            service(7, "ClientIP"),
+            slice("s7", endpoints),
+            Change::slice_gone(ObjectKey::new("t", "s7")),
+        ];
+        changes
+            .into_iter()
+            .map(|change| {
+                let (count, work) = (kernel.0.lock().unwrap().1, proxy.work());
+                proxy.change(change);
+                assert!(proxy.sync().is_ok());
+                let (count_now, work_now) = (kernel.0.lock().unwrap().1, proxy.work());
+                assert_eq!(count_now.reads, count.reads, "nothing is read back on the way");
+                [
+                    count_now.transactions - count.transactions,
+                    count_now.messages - count.messages,
+                    count_now.elements - count.elements,
+                    (work_now.objects - work.objects) as usize,
+                    (work_now.endpoints - work.endpoints) as usize,
+                ]
+            })
+            .collect::<Vec<_>>()
+    };
+    let (small, large) = (costs(10, 20), costs(300, 20));
+    assert_eq!(small, large, "transactions, messages, elements, objects and endpoints looked at");
+    for (step, [transactions, messages, _, objects, endpoints]) in small.iter().enumerate() {
+        assert!(*transactions <= 3 && *objects == 1 && *endpoints <= 21, "step {step}: {small:?}");
+        assert!(*messages <= 100, "step {step}: {small:?}");
+    }
+    // One endpoint more or less does not follow the size of the Service in elements.
+    let (few, many) = (costs(10, 20), costs(10, 200));
+    for step in [0, 1] {
+        assert_eq!(few[step][2], many[step][2], "elements of step {step}");
+        assert!(few[step][2] <= 24, "elements of step {step}: {few:?}");
     }
 }
 

@@ -4,9 +4,11 @@
 
 mod agent;
 mod case;
+mod crash;
 mod echo;
 mod evaluate;
 mod history;
+mod hostile;
 mod lab;
 mod life;
 mod oracle;

@@ -367,6 +367,20 @@ fn pods_recognised_by_network() {
     run_cases("by network", cases, lab::node_view_by_network);
 }
 
+/// What is recorded over IPv4 alone holds over IPv6: flows of UDP clients, affinity, and who sees whose address.
+#[test]
+fn over_ipv6() {
+    let topics = ["udp-flows", "affinity", "hairpin", "external-policy"];
+    let mut cases = case::load_over_ipv6(&topics);
+    for topic in topics {
+        assert!(cases.iter().any(|c| c.topic == topic), "no case of {topic}");
+    }
+    for case in &mut cases {
+        case.id.push_str("/ipv6");
+    }
+    run_cases("over IPv6", cases, lab::node_view);
+}
+
 fn run_cases(name: &str, cases: Vec<Case>, view: fn(&str) -> NodeView) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let results: Vec<(String, Result<(), String>)> = runtime.block_on(async {

@@ -98,6 +98,15 @@ impl NetlinkExecutor {
     }
 }
 
+/// How many netlink messages a transaction is, the two around it not counted.
+pub fn messages(transaction: &Transaction) -> usize {
+    let mut count = 0;
+    for op in &transaction.ops {
+        op_messages(&transaction.table, op, |_| count += 1);
+    }
+    count
+}
+
 pub(crate) fn family(family: Family) -> u8 {
     match family {
         Family::Ip => libc::AF_INET as u8,
