@@ -528,12 +528,12 @@ impl Shared {
         match api.patch_metadata(&object.name, &PatchParams::default(), &Patch::Merge(patch)).await {
             Ok(written) => {
                 // Removed when it was the last finalizer of a deleted object; the watch tells.
-                if let Some((uid, object)) = Object::of(object.kind.clone(), written.metadata) {
-                    if !(object.deleting && object.finalizers.is_empty()) {
-                        let visits = self.graph.lock().expect(POISONED).answer(uid, object);
-                        for visit in visits {
-                            self.queue.add(visit);
-                        }
+                if let Some((uid, object)) = Object::of(object.kind.clone(), written.metadata)
+                    && !(object.deleting && object.finalizers.is_empty())
+                {
+                    let visits = self.graph.lock().expect(POISONED).answer(uid, object);
+                    for visit in visits {
+                        self.queue.add(visit);
                     }
                 }
                 Ok(())

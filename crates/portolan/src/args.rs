@@ -281,9 +281,16 @@ pub struct Gateway {
 pub struct Controller {
     #[command(flatten)]
     pub connection: Connection,
-    /// Take part in leader election, so that several may run
-    #[arg(long)]
+    /// Take part in leader election first, so that several may run
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true",
+        action = clap::ArgAction::Set)]
     pub leader_elect: bool,
+    /// The controllers to run: names, * for all, -NAME for all but this one
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "*", allow_hyphen_values = true)]
+    pub controllers: Vec<String>,
+    /// Endpoints in one EndpointSlice at most
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub max_endpoints_per_slice: u16,
     /// Where /healthz and /metrics are served
     #[arg(long, default_value = "127.0.0.1:10257")]
     pub metrics_address: SocketAddr,

@@ -103,13 +103,19 @@ pub async fn gateway(args: args::Gateway) -> Result<()> {
 
 /// `portolan controller`
 pub async fn controller(args: args::Controller) -> Result<()> {
+    let enabled = controllers(&args.controllers)?;
     let Start { client, observer, shutdown } = start(&args.connection, Some(args.metrics_address)).await?;
     let leader_election = args.leader_elect.then(|| {
         let host = nix::unistd::gethostname().unwrap_or_default();
         let identity = format!("{}_{}", host.display(), std::process::id());
         portolan_client::leader::Election::new("kube-system", "portolan-controller", identity)
     });
-    let config = portolan_controller::Config { leader_election, ..Default::default() };
+    let config = portolan_controller::Config {
+        enabled,
+        leader_election,
+        max_endpoints_per_slice: args.max_endpoints_per_slice.into(),
+        ..Default::default()
+    };
     Ok(portolan_controller::run(config, client, observer, shutdown).await?)
 }
 
