@@ -230,7 +230,11 @@ impl Kubelet {
         let base = self.inner.context.state_dir.join("pods");
         let pods = self.pods();
         pods.iter()
-            .map(|(uid, pod)| (format!("{}_{}_{uid}", pod.namespace, pod.name), base.join(uid).join("logs")))
+            .map(|(uid, pod)| {
+                let name = crate::names::pod_dir_name(&pod.namespace, &pod.name, uid);
+                let logs = base.join(&name).join("logs");
+                (name, logs)
+            })
             .collect()
     }
 

@@ -241,6 +241,8 @@ async fn compose(
 
     let images = portolan_node::ImageStore::open(data.join("images")).context("cannot open the image store")?;
     let proxy_metrics = observer.register(portolan_dataplane::Metrics::register);
+    write_private(&paths.outside_resolv_conf(), format!("nameserver {}\n", fabric::OUTSIDE_ROUTER).as_bytes())?;
+    make_readable(&paths.outside_resolv_conf())?;
     for node in &fabric.nodes {
         let config = portolan_node::NodeConfig {
             name: node.name.clone(),
@@ -255,8 +257,8 @@ async fn compose(
             images: images.clone(),
             allow_pull: args.allow_pull,
             runtime: portolan_node::RuntimeConfig { program: args.runtime.clone() },
-            // A pod with dnsPolicy Default must not find the machine's name servers: nothing leaves it by default.
-            host_resolv_conf: None,
+            // A node is a host on the LAN and its pods resolve as those do, not as the machine does: nothing leaves it by default.
+            host_resolv_conf: Some(paths.outside_resolv_conf()),
             max_pods: 250,
         };
         let user = format!("system:node:{}", node.name);
@@ -279,8 +281,6 @@ async fn compose(
     parts.spawn("load balancer", portolan_lb::run(lb, lb_client, observer.clone(), shutdown.clone()));
 
     let upstreams: Vec<SocketAddr> = args.dns_upstream.iter().map(|u| u.0).collect();
-    write_private(&paths.outside_resolv_conf(), format!("nameserver {}\n", fabric::OUTSIDE_ROUTER).as_bytes())?;
-    make_readable(&paths.outside_resolv_conf())?;
     let published = portolan_dns::Config {
         listen: vec![SocketAddr::from((fabric::OUTSIDE_ROUTER, 53))],
         netns: Some(fabric.router.clone()),

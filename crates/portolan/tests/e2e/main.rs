@@ -8,6 +8,7 @@ mod images;
 mod kubectl;
 mod lifecycle;
 mod path;
+mod services;
 
 use portolan_testkit::Cluster;
 use std::time::Duration;
