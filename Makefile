@@ -5,8 +5,10 @@ SHELL := /bin/bash
 CARGO ?= cargo
 PROFILE ?= release
 NAME ?= demo
+CLUSTERS ?= 500
+SEED ?= $(shell date +%s)
 
-.PHONY: all build demo test check fmt lint unit netns e2e conformance bench deps deps-test clean help
+.PHONY: all build demo test check fmt lint unit netns e2e conformance fuzz bench deps deps-test clean help
 
 all: build
 
@@ -49,6 +51,11 @@ conformance: deps-test ## the recorded behaviour of upstream Kubernetes, replaye
 test: deps-test fmt ## everything that CI runs
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	$(CARGO) test --locked --workspace
+
+fuzz: deps-test ## random clusters and packets: kernel against evaluator (CLUSTERS=500; SEED=N repeats a run)
+	@echo "first seed $(SEED), $(CLUSTERS) clusters"
+	PORTOLAN_ORACLE=$(CLUSTERS) PORTOLAN_ORACLE_SEED=$(SEED) $(CARGO) test --locked -p portolan-dataplane --test it -- \
+		--nocapture oracle::the_kernel_and_the_evaluator_agree hostile::no_input_breaks_the_rules
 
 bench: deps-test ## speed and memory, as ratios against a peer in the same run; results go to benches/
 	$(CARGO) build --locked --profile release -p portolan

@@ -18,6 +18,8 @@ use crate::probe::{self, Flow, Seen};
 const CASES_A_LAB: usize = 4;
 /// Silence is believed after this.
 const SILENCE: Duration = Duration::from_millis(700);
+/// The recorded times leave more room than this: a try each 1.2 s against a timeout of 2 s.
+const STANDSTILL: Duration = Duration::from_millis(300);
 /// Anything else may take its time on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -40,6 +42,8 @@ pub fn serve(lab: &Lab, servers: &mut JoinSet<()>) {
 struct Site {
     lab: Lab,
     proxies: Vec<(ServiceProxy, HealthServers)>,
+    /// How much longer than planned the steps of the current case took.
+    late: Duration,
     _servers: JoinSet<()>,
 }
 
@@ -57,7 +61,7 @@ impl Site {
                 (proxy, HealthServers::new(space.clone(), tokio::runtime::Handle::current()))
             })
             .collect();
-        Site { lab, proxies, _servers: servers }
+        Site { lab, proxies, late: Duration::ZERO, _servers: servers }
     }
 
     fn apply(&mut self, changes: &[Change]) -> Result<(), String> {
@@ -88,7 +92,21 @@ impl Site {
         Ok(())
     }
 
+    /// Runs a case, again if it failed while the machine stood still for so long that timeouts of the case itself passed.
     async fn run(&mut self, case: &Case) -> Result<(), String> {
+        let timed = case.steps.iter().any(|s| s.get("gap").is_some() || s.get("wait").is_some());
+        let mut result = Ok(());
+        for _ in 0..5 {
+            self.late = Duration::ZERO;
+            result = self.run_once(case).await;
+            if result.is_ok() || !timed || self.late < STANDSTILL {
+                break;
+            }
+        }
+        result
+    }
+
+    async fn run_once(&mut self, case: &Case) -> Result<(), String> {
         let puts: Vec<Change> = case.objects.iter().cloned().map(case::put).collect();
         self.apply(&puts)?;
         let result = self.steps(case).await;
@@ -127,9 +145,15 @@ impl Site {
                 // The recording's own pause: the behaviour over time is what the case is about.
                 tokio::time::sleep(Duration::from_secs_f64(wait.as_f64().unwrap())).await;
             } else {
-                run_probe(&self.lab, step, &mut flows, &mut bound)
-                    .await
-                    .map_err(|e| format!("step {i} {}: {e}", brief(step)))?;
+                let start = Instant::now();
+                let result = run_probe(&self.lab, step, &mut flows, &mut bound).await;
+                let silent = result.is_ok() && case::expectations(step).iter().any(|e| e["outcome"] != "reply");
+                let gaps = step["count"].as_u64().unwrap_or(1).saturating_sub(1) as f64;
+                let planned = Duration::from_secs_f64(step["gap"].as_f64().unwrap_or(0.0) * gaps);
+                if !silent {
+                    self.late += start.elapsed().saturating_sub(planned);
+                }
+                result.map_err(|e| format!("step {i} {}: {e}", brief(step)))?;
             }
         }
         Ok(())
