@@ -150,6 +150,8 @@ struct Shared {
     rings: Rings,
     /// Every event up to this revision is in the rings.
     fanned_out: AtomicU64,
+    /// Held while a state and its events become visible, so that whoever needs both together gets them of one revision.
+    publishing: Mutex<()>,
     progress: tokio::sync::watch::Sender<Progress>,
 }
 
@@ -157,9 +159,11 @@ impl Shared {
     /// Makes changes visible: readers first, then watchers, then those who wait for an answer.
     fn publish(&self, state: Snapshot, events: &[Arc<Event>]) {
         let revision = state.revision;
+        let together = self.publishing.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         self.published.store(Arc::new(state));
         self.rings.append(events);
         self.fanned_out.store(revision, Ordering::Release);
+        drop(together);
         self.progress.send_modify(|progress| progress.revision = revision);
     }
 }
@@ -288,15 +292,16 @@ impl Store {
     /// # Errors
     /// They are not.
     pub fn collection_at(&self, resource: &str, revision: u64) -> Result<Collection, Expired> {
-        let snapshot = self.snapshot();
-        let mut collection = snapshot.collection(resource);
-        if revision >= snapshot.revision {
-            return Ok(collection);
-        }
-        for event in self.shared.rings.after(resource, revision)?.into_iter().rev() {
-            if event.object.revision > snapshot.revision {
-                continue;
+        let (snapshot, events) = {
+            let _together = self.shared.publishing.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let snapshot = self.snapshot();
+            if revision >= snapshot.revision {
+                return Ok(snapshot.collection(resource));
             }
+            (snapshot, self.shared.rings.after(resource, revision)?)
+        };
+        let mut collection = snapshot.collection(resource);
+        for event in events.into_iter().rev() {
             match &event.previous {
                 Some(previous) => {
                     collection.insert(event.key.clone(), previous.clone());
@@ -330,6 +335,7 @@ impl Shared {
             writer: Mutex::new(state),
             rings,
             fanned_out: AtomicU64::new(revision),
+            publishing: Mutex::default(),
             progress: tokio::sync::watch::Sender::new(Progress { revision, failure: None }),
         }
     }

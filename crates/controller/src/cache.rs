@@ -201,13 +201,17 @@ impl<K: Cached> Informer<K> {
     /// labels it is [`Informer::list`].
     pub fn labelled<'a>(&self, namespace: &str, labels: impl IntoIterator<Item = (&'a str, &'a str)>) -> Vec<Arc<K>> {
         let labels: Vec<(&str, &str)> = labels.into_iter().collect();
+        self.labelled_in(&self.0.state.read().expect(POISONED), namespace, &labels)
+    }
+
+    fn labelled_in(&self, state: &State<K>, namespace: &str, labels: &[(&str, &str)]) -> Vec<Arc<K>> {
         if labels.is_empty() {
-            return self.list(namespace);
+            let objects = state.namespaces.get(namespace).into_iter().flat_map(|n| n.values());
+            return self.counted(objects.map(|e| &e.object));
         }
-        let state = self.0.state.read().expect(POISONED);
         let Some(by_key) = state.index.labels.get(namespace) else { return Vec::new() };
         let mut rarest: Option<&BTreeMap<String, Arc<K>>> = None;
-        for (label, value) in &labels {
+        for (label, value) in labels {
             let Some(objects) = by_key.get(*label).and_then(|by_value| by_value.get(*value)) else { return Vec::new() };
             if rarest.is_none_or(|r| objects.len() < r.len()) {
                 rarest = Some(objects);
@@ -223,16 +227,22 @@ impl<K: Cached> Informer<K> {
 
     /// The objects that the object with this uid controls, by namespace and name.
     pub fn controlled_by(&self, uid: &str) -> Vec<Arc<K>> {
-        let state = self.0.state.read().expect(POISONED);
+        self.controlled_in(&self.0.state.read().expect(POISONED), uid)
+    }
+
+    fn controlled_in(&self, state: &State<K>, uid: &str) -> Vec<Arc<K>> {
         self.counted(state.index.owners.get(uid).into_iter().flat_map(|objects| objects.values()))
     }
 
     /// The objects that the object with this uid controls, and those of its namespace that have the labels that its selector
-    /// asks for: all that it may have to adopt or to release.
+    /// asks for: all that it may have to adopt or to release. Each is there once, all as of one moment.
     pub fn claimable(&self, namespace: &str, uid: Option<&str>, selector: &LabelSelector) -> Vec<Arc<K>> {
-        let labels = selector.match_labels.iter().flatten().map(|(k, v)| (k.as_str(), v.as_str()));
-        let mut objects = self.labelled(namespace, labels);
-        let owned = uid.map(|uid| self.controlled_by(uid)).unwrap_or_default();
+        let labels: Vec<(&str, &str)> =
+            selector.match_labels.iter().flatten().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+        // Under one lock: an object that changes between two reads would be found in two states, and count as two.
+        let state = self.0.state.read().expect(POISONED);
+        let mut objects = self.labelled_in(&state, namespace, &labels);
+        let owned = uid.map(|uid| self.controlled_in(&state, uid)).unwrap_or_default();
         let known: HashSet<*const K> = objects.iter().map(Arc::as_ptr).collect();
         let more: Vec<Arc<K>> = owned.into_iter().filter(|o| !known.contains(&Arc::as_ptr(o))).collect();
         objects.extend(more);
@@ -545,7 +555,7 @@ impl Caches {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 
     fn map(name: &str, uid: &str, version: &str) -> ConfigMap {
         ConfigMap {
@@ -657,6 +667,44 @@ mod tests {
         }
         let state = cache.0.state.read().unwrap();
         assert!(state.index.labels.is_empty() && state.index.owners.is_empty());
+    }
+
+    /// A pod that became ready between two reads was once counted twice, and a healthy one deleted for it.
+    #[test]
+    fn an_object_that_changes_meanwhile_is_claimable_once() {
+        let cache = Informer::<ConfigMap>::new();
+        let labels = BTreeMap::from([("app".to_string(), "x".to_string())]);
+        let owned = |name: &str, version: usize| {
+            let mut map = map(name, name, &version.to_string());
+            map.metadata.labels = Some(labels.clone());
+            map.metadata.owner_references =
+                Some(vec![OwnerReference { uid: "owner".into(), controller: Some(true), ..Default::default() }]);
+            map
+        };
+        for name in ["a", "b", "c"] {
+            cache.wrote(owned(name, 1));
+        }
+        let selector = LabelSelector { match_labels: Some(labels.clone()), ..Default::default() };
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for version in 2.. {
+                    if done.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    cache.enter(owned("b", version), Source::Watch, true);
+                }
+            });
+            for _ in 0..20_000 {
+                let found = cache.claimable("ns", Some("owner"), &selector);
+                let names: Vec<_> = found.iter().filter_map(|o| o.metadata.name.as_deref()).collect();
+                if names != ["a", "b", "c"] {
+                    done.store(true, Ordering::Relaxed);
+                    panic!("{names:?}");
+                }
+            }
+            done.store(true, Ordering::Relaxed);
+        });
     }
 
     #[test]

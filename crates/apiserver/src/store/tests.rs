@@ -199,6 +199,109 @@ async fn an_earlier_state_can_be_listed_while_its_events_are_kept() {
     }
 }
 
+/// Values by key.
+type Values = BTreeMap<Key, i64>;
+
+fn values(collection: &Collection) -> Values {
+    collection.iter().map(|(key, object)| (key.clone(), object.value["n"].as_i64().unwrap_or(-1))).collect()
+}
+
+/// Clients that list and then watch from the list's revision, at any moment of a stream of writes: each ends with what is
+/// there, has seen each change once and in order, and gets the list of an earlier revision as it was.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn who_lists_and_then_watches_misses_nothing_among_concurrent_writers() {
+    const WRITES: i64 = 1_500;
+    let directory = Scratch(scratch("race"));
+    std::fs::create_dir_all(&directory.0).expect("directory");
+    let journalled =
+        |durability| Store::open(&directory.0.join(format!("{durability:?}")), durability).expect("new store");
+    for store in [Store::in_memory(), journalled(Durability::Relaxed), journalled(Durability::Synced)] {
+        let writers: Vec<_> = (0..2)
+            .map(|writer| {
+                let store = store.clone();
+                tokio::spawn(async move {
+                    for n in 0..WRITES / if store.journal.is_some() { 10 } else { 1 } {
+                        let written = store.transact(move |txn| {
+                            let name = format!("o{}", (n * 7 + writer) % 11);
+                            let key = Key::new("a", &name);
+                            if n % 3 == 2 {
+                                txn.delete("pods", &key);
+                            } else {
+                                txn.put("pods", &key, object("a", &name, n * 2 + writer));
+                            }
+                            if n % 5 == 0 {
+                                txn.put("services", &Key::new("a", "s"), object("a", "s", n));
+                            }
+                            Ok(())
+                        });
+                        written.await.expect("written");
+                    }
+                })
+            })
+            .collect();
+        let (stop, stopped) = tokio::sync::watch::channel(0_u64);
+        let readers: Vec<_> = (0..3)
+            .map(|_| {
+                let (store, mut stopped) = (store.clone(), stopped.clone());
+                tokio::spawn(async move {
+                    let mut lists = 0;
+                    while lists == 0 || *stopped.borrow() == 0 {
+                        lists += 1;
+                        let snapshot = store.snapshot();
+                        let mut known = values(&snapshot.collection("pods"));
+                        let mut watcher = store.watch("pods", snapshot.revision).expect("kept");
+                        let mut last = snapshot.revision;
+                        // A few reads, or, in the end, until all has been seen.
+                        let mut reads = 0;
+                        loop {
+                            for event in watcher.read().expect("kept") {
+                                assert!(event.object.revision > last, "out of order");
+                                last = event.object.revision;
+                                let before = known.get(&event.key).copied();
+                                let told = event.previous.as_ref().map(|o| o.value["n"].as_i64().unwrap_or(-1));
+                                assert_eq!(before, told, "a change before this one has been missed");
+                                match event.change {
+                                    Change::Deleted => known.remove(&event.key),
+                                    _ => {
+                                        known.insert(event.key.clone(), event.object.value["n"].as_i64().unwrap_or(-1))
+                                    }
+                                };
+                            }
+                            reads += 1;
+                            let end = *stopped.borrow();
+                            if end == 0 && reads < 5 {
+                                tokio::select! {
+                                    () = watcher.changed() => {}
+                                    _ = stopped.changed() => {}
+                                }
+                            } else if end > 0 && watcher.revision() < end {
+                                // All is published by now.
+                                continue;
+                            } else {
+                                break;
+                            }
+                        }
+                        if *stopped.borrow() > 0 {
+                            assert_eq!(known, values(&store.snapshot().collection("pods")));
+                        }
+                        let then = store.collection_at("pods", snapshot.revision).expect("kept");
+                        assert_eq!(values(&then), values(&snapshot.collection("pods")), "at {}", snapshot.revision);
+                    }
+                })
+            })
+            .collect();
+        for writer in writers {
+            writer.await.expect("a writer");
+        }
+        stop.send_replace(store.snapshot().revision);
+        let all = futures::future::join_all(readers);
+        for reader in tokio::time::timeout(std::time::Duration::from_secs(60), all).await.expect("in time") {
+            reader.expect("a reader");
+        }
+        store.close().await;
+    }
+}
+
 #[tokio::test]
 async fn a_watcher_that_is_too_slow_is_told() {
     let store = Store::in_memory();

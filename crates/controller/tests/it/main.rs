@@ -31,14 +31,41 @@ struct Cluster {
     clock: Clock,
     observer: Observer,
     shutdown: CancellationToken,
-    _server: Arc<Server>,
+    server: Arc<Server>,
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
         self.shutdown.cancel();
+        // A test that has failed tells what there was: the next time may be long in coming.
+        if std::thread::panicking() {
+            let snapshot = self.server.store().snapshot();
+            for (resource, _) in snapshot.sizes().filter(|(resource, _)| TOLD.contains(&&***resource)) {
+                for object in snapshot.list(resource, Some("default")) {
+                    eprintln!("{resource} {}", String::from_utf8_lossy(&object.body));
+                }
+            }
+            let queues = self.observer.encode();
+            queues
+                .lines()
+                .filter(|l| l.starts_with("workqueue_") && !l.contains("bucket"))
+                .for_each(|l| eprintln!("{l}"));
+        }
     }
 }
+
+/// What a failed test prints.
+const TOLD: [&str; 9] = [
+    "pods",
+    "events",
+    "services",
+    "endpoints",
+    "endpointslices.discovery.k8s.io",
+    "replicasets.apps",
+    "deployments.apps",
+    "jobs.batch",
+    "cronjobs.batch",
+];
 
 impl Cluster {
     async fn start() -> Cluster {
@@ -74,7 +101,7 @@ impl Cluster {
             run.await.expect("the controllers run until they are stopped");
         });
         observer.wait_ready().await;
-        let cluster = Cluster { client: client("test"), clock, observer, shutdown, _server: server };
+        let cluster = Cluster { client: client("test"), clock, observer, shutdown, server };
         eventually("the default service account", async || {
             cluster.api::<ServiceAccount>().get_opt("default").await.unwrap()
         })
