@@ -22,7 +22,7 @@ use crate::image::Image;
 use crate::kubelet::NodeContext;
 use crate::log::{LogSink, Stream};
 use crate::oci::{self, Bind, ContainerSpec, Limits, ProcessSpec, Propagation};
-use crate::runtime::{Console, Process, RootFs, RuntimeError, entries, kill_in_container, remove_dir};
+use crate::runtime::{Console, Process, RootFs, RuntimeError, entries, kill_in_container, reap_strays, remove_dir};
 use crate::sandbox::Sandbox;
 use crate::volume;
 
@@ -30,6 +30,8 @@ use crate::volume;
 const MAX_OUTPUT: usize = 10 * 1024;
 /// How long the output of a command is awaited after the command has ended.
 pub(crate) const OUTPUT_GRACE: Duration = Duration::from_millis(250);
+/// How long after a command's end its remains are looked for.
+const STRAY_AFTER: Duration = Duration::from_millis(500);
 /// A termination message is cut at this length (Kubernetes API, Container.terminationMessagePath).
 const MAX_MESSAGE: u64 = 4096;
 
@@ -814,6 +816,13 @@ impl Drop for Exec {
         self.kill();
         for file in [&self.pid_file, &self.process_file, &self.log] {
             let _ = fs::remove_file(file);
+        }
+        // What the runtime leaves of the command becomes our child a moment later.
+        if let Ok(handle) = tokio::runtime::Handle::try_current() {
+            handle.spawn(async {
+                tokio::time::sleep(STRAY_AFTER).await;
+                reap_strays();
+            });
         }
     }
 }

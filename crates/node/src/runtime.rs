@@ -24,6 +24,9 @@ use tokio::sync::watch;
 
 use crate::config::{Error as StartError, RuntimeConfig};
 
+/// How often strays are looked for while a container ends.
+const SWEEP_PERIOD: Duration = Duration::from_millis(250);
+
 /// How a container's first process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Exit {
@@ -421,6 +424,16 @@ impl Process {
         *self.exit.borrow()
     }
 
+    /// Waits for the end of a process that has been told to end, and removes what would hold it up.
+    pub(crate) async fn wait_swept(&self) -> Exit {
+        loop {
+            match tokio::time::timeout(SWEEP_PERIOD, self.wait()).await {
+                Ok(exit) => return exit,
+                Err(_) => reap_strays(),
+            }
+        }
+    }
+
     /// Waits for the end.
     pub(crate) async fn wait(&self) -> Exit {
         let mut exit = self.exit.clone();
@@ -461,12 +474,14 @@ fn reap(fd: &OwnedFd) -> Exit {
 /// Reaps processes that became our children without anybody waiting for them: the runtime's own forks, and processes of
 /// containers whose `exec` was killed. Recognised by what no other child of ours has: a session of its own together with a
 /// nested pid namespace or the runtime's name. All other children belong to code that waits for them.
-fn reap_strays() {
+///
+/// A stray that nobody reaps keeps the first process of its container from ending: the kernel waits until a pid namespace is
+/// empty. So whoever waits for such an end sweeps meanwhile.
+pub(crate) fn reap_strays() {
     // Held to the end, so that no start begins meanwhile.
     let children = children();
-    if children.starting > 0 {
-        return;
-    }
+    // A container that is being started may be our child already and have ended, but then it has another name by now.
+    let starting = children.starting > 0;
     // SAFETY: no memory is involved.
     let session = unsafe { libc::getsid(0) };
     let Ok(tasks) = fs::read_dir("/proc/self/task") else { return };
@@ -480,7 +495,7 @@ fn reap_strays() {
             let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim();
             let nested = field("NSpid:").split_whitespace().count() > 1;
             let runtime = children.programs.iter().any(|program| program == field("Name:"));
-            if (nested || runtime) && field("State:").starts_with('Z') {
+            if (runtime || nested && !starting) && field("State:").starts_with('Z') {
                 let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
             }
         }
@@ -536,7 +551,7 @@ pub(crate) fn cleanup_node(dir: &Path) -> io::Result<()> {
     let root = dir.join("crun");
     let mut killed = Vec::new();
     for container in entries(&root)? {
-        if let Some(pidfd) = recorded_process(&container) {
+        if let Some((pid, pidfd)) = recorded_process(&container) {
             // SAFETY: a valid descriptor and no siginfo.
             unsafe {
                 libc::syscall(
@@ -547,15 +562,20 @@ pub(crate) fn cleanup_node(dir: &Path) -> io::Result<()> {
                     0,
                 );
             }
-            killed.push(pidfd);
+            killed.push((pid, pidfd));
         }
     }
-    for fd in killed {
+    let deadline = std::time::Instant::now() + Duration::from_secs(5);
+    for (pid, fd) in killed {
         // Killing the first process of a pid namespace kills the others; the kernel reports its end after theirs.
         let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one valid pollfd.
-        unsafe { libc::poll(&mut poll, 1, 5_000) };
+        while unsafe { libc::poll(&mut poll, 1, 100) } == 0 && std::time::Instant::now() < deadline {
+            reap_strays();
+        }
         reap(&fd);
+        // Who waited for it may be gone with the agent that started it.
+        children().adopted.remove(&pid);
     }
     remove_cgroups(dir)?;
     portolan_linux::unmount_all_under(dir)?;
@@ -564,12 +584,12 @@ pub(crate) fn cleanup_node(dir: &Path) -> io::Result<()> {
 
 /// The process that the runtime recorded for a container, if it is still that one: the start time must agree, because
 /// process ids are used again.
-fn recorded_process(container: &Path) -> Option<OwnedFd> {
+fn recorded_process(container: &Path) -> Option<(i32, OwnedFd)> {
     let status: serde_json::Value = serde_json::from_slice(&fs::read(container.join("status")).ok()?).ok()?;
     let pid = i32::try_from(status.get("pid")?.as_i64()?).ok()?;
     let started = status.get("process-start-time")?.as_u64()?;
     let fd = pidfd_open(pid).ok()?;
-    (stat_field(pid, 19)? == started).then_some(fd)
+    (stat_field(pid, 19)? == started).then_some((pid, fd))
 }
 
 /// The cgroup path below each hierarchy for containers of the node that keeps its runtime state in `node_dir`.

@@ -596,6 +596,7 @@ impl PodWorker {
             hostname: &shown_name,
             ip,
             gateway: self.context.gateway,
+            node_ip: self.context.own_address,
         };
         match Sandbox::create(request, &config.netns, &self.context.netlink).await {
             Ok(sandbox) => {
@@ -1487,7 +1488,7 @@ async fn stop(
     }
     let least = Instant::now() + MIN_GRACE;
     tokio::select! {
-        _ = run.process.wait() => return,
+        _ = run.process.wait_swept() => return,
         () = async {
             time_is_up(&mut deadline).await;
             tokio::time::sleep_until(least).await;
@@ -1496,7 +1497,7 @@ async fn stop(
     if let Err(error) = run.process.signal(libc::SIGKILL) {
         tracing::warn!(container = %run.id, %error, "cannot kill a container");
     }
-    run.process.wait().await;
+    run.process.wait_swept().await;
 }
 
 fn is_init(pod: &Pod, container: &str) -> bool {

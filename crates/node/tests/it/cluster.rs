@@ -108,7 +108,7 @@ impl Node {
 
     pub async fn connect(&self, address: SocketAddr) -> std::io::Result<tokio::net::TcpStream> {
         let socket = self.netns.run(tokio::net::TcpSocket::new_v4)??;
-        tokio::time::timeout(Duration::from_secs(5), socket.connect(address)).await?
+        tokio::time::timeout(Duration::from_secs(20), socket.connect(address)).await?
     }
 
     /// A request to the kubelet's API without upgrade: status and body.

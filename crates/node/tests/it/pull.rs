@@ -326,7 +326,11 @@ async fn a_container_follows_its_pod_s_image() {
     node.api.event("Killing", "Container main definition changed, will be restarted").await;
     let before = status.container_statuses.unwrap()[0].last_state.clone().unwrap().terminated.unwrap();
     assert_eq!(before.exit_code, 137);
-    assert_eq!(logs(&node, "web").await, "version 2\n");
+    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(20);
+    while logs(&node, "web").await != "version 2\n" {
+        assert!(tokio::time::Instant::now() < deadline, "the second image says nothing");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
     assert_eq!(status.phase.as_deref(), Some("Running"));
 }
 

@@ -23,7 +23,7 @@ fn zombies() -> Vec<String> {
 }
 
 async fn gone(node: &Node) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
     let mut dead = zombies();
     loop {
         let (traces, links) = (traces(&node.dir), links(node).await);
@@ -103,7 +103,7 @@ async fn cleanup_removes_what_a_killed_agent_left() {
     assert!(!traces(&node.dir).is_empty(), "containers outlive their agent");
 
     portolan_node::cleanup(&node.dir.join("held/run"), &node.dir.join("held/state")).unwrap();
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
     while !traces(&node.dir).is_empty() {
         assert!(tokio::time::Instant::now() < deadline, "left behind: {:#?}", traces(&node.dir));
         tokio::time::sleep(Duration::from_millis(20)).await;
