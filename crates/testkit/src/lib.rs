@@ -175,7 +175,18 @@ impl Cluster {
         report["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).unwrap_or_else(|| panic!("no pid: {status}"))
     }
 
-    /// What is left on the machine of this cluster: mounts, and processes that name it or run in its namespaces.
+    /// The cgroups of this cluster's nodes, which are named after a digest of the node's run-time directory.
+    pub fn cgroups(&self) -> Vec<PathBuf> {
+        let names: Vec<String> = (1..=8)
+            .map(|node| registry::digest(format!("/run/portolan/{}/node/node-{node}", self.name).as_bytes()))
+            .map(|digest| format!("portolan-{}", &digest["sha256:".len()..][..12]))
+            .collect();
+        let roots = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|e| e.path());
+        let places = roots.chain(["/sys/fs/cgroup".into()]).flat_map(|root| names.iter().map(move |n| root.join(n)));
+        places.filter(|path| path.is_dir()).collect()
+    }
+
+    /// What is left on the machine of this cluster: cgroups, mounts, and processes that name it or run in its namespaces.
     pub fn leftovers(&self) -> Vec<String> {
         let run = format!("/run/portolan/{}", self.name);
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -183,6 +194,9 @@ impl Cluster {
             mounts.lines().filter(|l| l.contains(&format!("{run}/"))).map(|l| format!("mount: {l}")).collect();
         if Path::new(&run).exists() {
             found.push(format!("folder: {run}"));
+        }
+        for cgroup in self.cgroups() {
+            found.push(format!("cgroup: {}", cgroup.display()));
         }
         for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
             let cmdline = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();

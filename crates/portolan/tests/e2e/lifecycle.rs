@@ -50,7 +50,10 @@ fn a_killed_cluster_is_cleaned_up_and_keeps_its_objects() {
     let mut cluster = up("crash");
     cluster.kubectl("create configmap kept --from-literal=a=b").ok();
     cluster.kubectl("create deployment web --image=portolan.dev/echo --replicas=2").ok();
+    cluster.kubectl("set resources deployment/web --limits=memory=64Mi,cpu=500m").ok();
     cluster.kubectl("rollout status deployment/web --timeout=60s").ok();
+    let limited = cluster.kubectl("get events --field-selector reason=FailedNodeAllocatableEnforcement -o name").ok();
+    assert!(limited.is_empty() != cluster.cgroups().is_empty(), "limited pods have cgroups, or the node says why not");
     let pid = nix::unistd::Pid::from_raw(cluster.pid());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
     cluster.portolan("down", &[]).ok();
