@@ -46,6 +46,8 @@ pub enum RouteTarget<'a> {
     Via(IpAddr),
     /// Directly out of a link.
     Link(&'a str),
+    /// Directly out of a link, and what is sent without an address of its choice gets this one, which the namespace must have.
+    LinkFrom(&'a str, IpAddr),
     /// Through a gateway that is reached out of a link although no address of the link covers it.
     OnLink(IpAddr, &'a str),
     /// Answers with ICMP host unreachable.
@@ -221,12 +223,14 @@ impl Netlink {
         target: RouteTarget<'_>,
     ) -> Result<rtnetlink::packet_route::route::RouteMessage, Error> {
         let link = match target {
-            RouteTarget::Link(link) | RouteTarget::OnLink(_, link) => Some(self.index(link).await?),
+            RouteTarget::Link(link) | RouteTarget::LinkFrom(link, _) | RouteTarget::OnLink(_, link) => {
+                Some(self.index(link).await?)
+            }
             RouteTarget::Via(_) | RouteTarget::Unreachable => None,
         };
         let gateway = match target {
             RouteTarget::Via(gateway) | RouteTarget::OnLink(gateway, _) => Some(gateway),
-            RouteTarget::Link(_) | RouteTarget::Unreachable => None,
+            RouteTarget::Link(_) | RouteTarget::LinkFrom(..) | RouteTarget::Unreachable => None,
         };
         Ok(match destination {
             IpNet::V4(net) => {
@@ -235,6 +239,9 @@ impl Netlink {
                 if let Some(IpAddr::V4(gateway)) = gateway {
                     route = route.gateway(gateway);
                 }
+                if let RouteTarget::LinkFrom(_, IpAddr::V4(source)) = target {
+                    route = route.pref_source(source);
+                }
                 finish(route, link, gateway.is_some(), target).build()
             }
             IpNet::V6(net) => {
@@ -242,6 +249,9 @@ impl Netlink {
                     RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(net.network(), net.prefix_len());
                 if let Some(IpAddr::V6(gateway)) = gateway {
                     route = route.gateway(gateway);
+                }
+                if let RouteTarget::LinkFrom(_, IpAddr::V6(source)) = target {
+                    route = route.pref_source(source);
                 }
                 finish(route, link, gateway.is_some(), target).build()
             }
@@ -261,8 +271,8 @@ fn finish<T>(
     match target {
         RouteTarget::Unreachable => route = route.kind(RouteType::Unreachable),
         RouteTarget::OnLink(..) => route = route.onlink(),
-        RouteTarget::Link(_) if !has_gateway => route = route.scope(RouteScope::Link),
-        RouteTarget::Link(_) | RouteTarget::Via(_) => {}
+        RouteTarget::Link(_) | RouteTarget::LinkFrom(..) if !has_gateway => route = route.scope(RouteScope::Link),
+        RouteTarget::Link(_) | RouteTarget::LinkFrom(..) | RouteTarget::Via(_) => {}
     }
     route
 }

@@ -52,6 +52,8 @@ pub(crate) struct NodeContext {
     pub limits_available: bool,
     pub cgroup_parent: String,
     pub gateway: IpAddr,
+    /// The node's address, if its network namespace has it.
+    pub own_address: Option<IpAddr>,
     pub cpus: u64,
     pub memory_bytes: u64,
     addresses: Mutex<AddressPool>,
@@ -158,6 +160,8 @@ impl Kubelet {
             tracing::warn!(dir = %state_dir.display(), "overlayfs does not work here, images are copied for each container");
         }
         let cgroup_parent = cgroup_parent(&node_dir);
+        let node_ip = config.node_ip;
+        let has_address = config.netns.run(move || std::net::UdpSocket::bind((node_ip, 0)).is_ok()).unwrap_or(false);
         let context = NodeContext {
             addresses: Mutex::new(AddressPool::new(config.pod_cidr)),
             limits_available: limits_available(&cgroup_parent),
@@ -166,6 +170,7 @@ impl Kubelet {
             runtime,
             netlink,
             gateway,
+            own_address: has_address.then_some(node_ip),
             node_dir,
             state_dir,
             cpus: std::thread::available_parallelism().map_or(1, |n| n.get() as u64),

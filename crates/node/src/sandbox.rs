@@ -128,6 +128,8 @@ pub(crate) struct SandboxRequest<'a> {
     /// Used unless the pod has the node's network.
     pub ip: IpAddr,
     pub gateway: IpAddr,
+    /// The node's own address, if its namespace has it.
+    pub node_ip: Option<IpAddr>,
 }
 
 impl Sandbox {
@@ -185,7 +187,13 @@ impl Sandbox {
         netlink.add_veth(&link, "eth0", Some(&netns)).await?;
         netlink.add_address(&link, host(request.gateway)).await?;
         netlink.set_up(&link).await?;
-        netlink.set_route(host(request.ip), RouteTarget::Link(&link)).await?;
+        // The node speaks to its pods as itself, not as their gateway: a datagram that a host-network server sends back without
+        // choosing an address must come from the address that it was sent to.
+        let route = match request.node_ip {
+            Some(own) if own.is_ipv4() == request.ip.is_ipv4() => RouteTarget::LinkFrom(&link, own),
+            _ => RouteTarget::Link(&link),
+        };
+        netlink.set_route(host(request.ip), route).await?;
 
         let inside = Netlink::open(&netns)?;
         inside.set_up("lo").await?;

@@ -596,6 +596,7 @@ impl PodWorker {
             hostname: &shown_name,
             ip,
             gateway: self.context.gateway,
+            node_ip: self.context.own_address,
         };
         match Sandbox::create(request, &config.netns, &self.context.netlink).await {
             Ok(sandbox) => {

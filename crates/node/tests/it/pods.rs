@@ -64,7 +64,8 @@ async fn an_echo_pod_answers_and_knows_who_it_is() {
     ] {
         assert_eq!(object[key], value, "{key} in {object}");
     }
-    assert!(object["peer"].as_str().unwrap().starts_with("10.244.1.1:"), "{object}");
+    // The node speaks as itself, not as the gateway of its pods.
+    assert!(object["peer"].as_str().unwrap().starts_with("192.168.50.11:"), "{object}");
     let reasons = node.api.reasons("web-1");
     assert_eq!(reasons[..3], ["Pulled", "Created", "Started"], "{reasons:?}");
 

@@ -101,7 +101,8 @@ const NODE_2: &str = "192.168.50.12";
 #[test]
 fn services_do_what_kubernetes_expects_of_them() {
     let c = up("services");
-    let subjects: &[(&'static str, fn(&Space))] = &[
+    type Subject = (&'static str, fn(&Space));
+    let subjects: &[Subject] = &[
         ("ports", ports_follow_pods),
         ("types", types_change),
         ("refusals", node_ports_are_nobody_elses),
@@ -408,10 +409,11 @@ spec:
 fn host_networks_and_host_ports(s: &Space) {
     // A pod with the node's network bears the node's name.
     s.apply("
-{apiVersion: v1, kind: Pod, metadata: {name: net, labels: {app: net}}, spec: {nodeName: node-2, hostNetwork: true, terminationGracePeriodSeconds: 1, containers: [{name: a, image: portolan.dev/toolbox, command: [python3, -m, http.server, '10180'], securityContext: {privileged: true}}]}}
+{apiVersion: v1, kind: Pod, metadata: {name: net, labels: {app: net}}, spec: {nodeName: node-2, hostNetwork: true, terminationGracePeriodSeconds: 1, containers: [{name: a, image: portolan.dev/toolbox, command: [python3, -m, http.server, '10180'], securityContext: {privileged: true}}, {name: b, image: portolan.dev/echo, args: ['--port=10182', '--udp-port=10181']}]}}
 ---
-{apiVersion: v1, kind: Service, metadata: {name: net}, spec: {selector: {app: net}, ports: [{port: 80, targetPort: 10180}]}}
+{apiVersion: v1, kind: Service, metadata: {name: net}, spec: {selector: {app: net}, ports: [{name: t, port: 80, targetPort: 10180}, {name: u, port: 90, protocol: UDP, targetPort: 10181}]}}
 ");
+    s.servers(&[("near", "node-2", "client", "")]);
     let port = |name: &str, ip: &str, protocol: &str, target: u16| {
         format!(
             "---\n{{apiVersion: v1, kind: Pod, metadata: {{name: {name}}}, spec: {{nodeName: node-1, terminationGracePeriodSeconds: 1, containers: [{{name: a, image: portolan.dev/echo, args: ['--port=8080', '--udp-port=8081'], ports: [{{hostPort: 54323, hostIP: {ip}, protocol: {protocol}, containerPort: {target}}}]}}]}}}}\n"
