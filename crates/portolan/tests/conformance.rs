@@ -40,10 +40,10 @@ impl Server {
         let cases = fs::read_to_string(golden.join(format!("{file}.jsonl"))).unwrap();
         let id_of =
             |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["id"].as_str().unwrap().to_string();
-        let cases: Vec<(String, &str)> = cases
+        let cases: Vec<(String, String)> = cases
             .lines()
             .filter(|line| !line.trim().is_empty())
-            .map(|line| (id_of(line), line))
+            .map(|line| (id_of(line), patient(line)))
             .filter(|(id, _)| concerns(id))
             .collect();
         let path = self.dir.path().join(format!("{file}.jsonl"));
@@ -73,6 +73,27 @@ impl Server {
         );
         Outcome { all, failed, text }
     }
+}
+
+/// How long a step is repeated until the answer is as recorded, in seconds. The recordings say how long the reference took on a
+/// machine with nothing else to do.
+const PATIENCE: f64 = 30.0;
+
+/// A case whose waiting steps allow for a busy machine. Changed as text: the order of fields in the bodies matters.
+fn patient(case: &str) -> String {
+    const WAIT: &str = "\"wait\": ";
+    let mut pieces = case.split(WAIT);
+    let mut text = pieces.next().unwrap().to_string();
+    let mut changed = 0;
+    for piece in pieces {
+        let (seconds, rest) = piece.split_at(piece.find([',', '}']).unwrap());
+        text += &format!("{WAIT}{}{rest}", seconds.parse::<f64>().unwrap().max(PATIENCE));
+        changed += 1;
+    }
+    let case: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let waiting = case["steps"].as_array().unwrap().iter().filter(|step| step.get("wait").is_some()).count();
+    assert_eq!(changed, waiting, "a step waits, nothing else does: {}", case["id"]);
+    text
 }
 
 impl Drop for Server {
