@@ -27,6 +27,7 @@ mod sandbox;
 mod server;
 mod spdy;
 pub mod status;
+mod storage;
 mod stream;
 mod volume;
 mod worker;

@@ -100,6 +100,9 @@ pub struct PodView<'a> {
     pub failure: Option<(String, String)>,
 }
 
+/// Reason of a pod that the node has thrown out.
+pub const EVICTED: &str = "Evicted";
+
 /// Prefix of container ids in statuses: the name of the runtime.
 const ID_SCHEME: &str = "crun://";
 
@@ -108,6 +111,15 @@ pub fn pod_status(view: &PodView<'_>, previous: Option<&PodStatus>, now: Timesta
     let (init, regular): (Vec<_>, Vec<_>) = view.containers.iter().partition(|c| c.role != Role::Regular);
     let phase = phase(view);
     let mut conditions = conditions(view, phase);
+    if let Some((_, message)) = view.failure.as_ref().filter(|(reason, _)| reason == EVICTED) {
+        conditions.push(PodCondition {
+            type_: "DisruptionTarget".to_string(),
+            status: "True".to_string(),
+            reason: Some("TerminationByKubelet".to_string()),
+            message: Some(message.clone()),
+            ..PodCondition::default()
+        });
+    }
     let generation = view.pod.metadata.generation;
     for condition in &mut conditions {
         let old = previous

@@ -28,10 +28,13 @@ use crate::runtime::{Exit, remove_dir};
 use crate::sandbox::{Sandbox, SandboxRequest};
 use crate::status::{self, ContainerView, PodView, State, Terminated};
 use crate::volume::{self, VolumeContext, Volumes};
-use crate::{hosts, resolv};
+use crate::{hosts, resolv, storage};
 
 /// A killed container gets at least this long between the polite signal and the other (the kubelet's minimum).
 const MIN_GRACE: Duration = Duration::from_secs(2);
+/// How often a pod with limits on its local storage is measured, and how long an evicted one may take to end (the kubelet's).
+const STORAGE_PERIOD: SignedDuration = SignedDuration::from_secs(10);
+const EVICTION_GRACE: Duration = Duration::from_secs(1);
 /// Default of terminationGracePeriodSeconds.
 const DEFAULT_GRACE: i64 = 30;
 /// First and longest wait before a failed step (volumes, image, configuration) is tried again.
@@ -209,6 +212,8 @@ pub(crate) struct PodWorker {
     outcome: Option<Outcome>,
     failure: Option<(String, String)>,
     blocked_until: Option<Timestamp>,
+    /// When to measure the pod's files.
+    storage_due: Option<Timestamp>,
     setup_retries: u32,
     termination: Option<watch::Sender<Instant>>,
     removed: bool,
@@ -278,6 +283,7 @@ impl PodWorker {
             address: None,
             shown_ip: None,
             volumes: None,
+            storage_due: None,
             blocked_until: None,
             setup_retries: 0,
             termination: None,
@@ -459,6 +465,11 @@ impl PodWorker {
             self.end().await;
             return None;
         }
+        let look = self.watch_storage(now).await;
+        if self.outcome.is_some() {
+            self.end().await;
+            return None;
+        }
         let wake = match self.set_up(now).await {
             Ok(()) => self.advance(now).await,
             Err(retry_at) => Some(retry_at),
@@ -467,7 +478,39 @@ impl PodWorker {
             self.end().await;
         }
         let refresh = self.volumes.as_ref().and_then(|v| v.refresh_at);
-        [wake, deadline, refresh].into_iter().flatten().min()
+        [wake, deadline, refresh, look].into_iter().flatten().min()
+    }
+
+    /// Evicts the pod if it uses more of the disk than it may. Returns when to look again.
+    async fn watch_storage(&mut self, now: Timestamp) -> Option<Timestamp> {
+        let spec = spec_of(&self.pod);
+        let limits = storage::limits(spec);
+        if limits.is_empty() {
+            return None;
+        }
+        if let Some(at) = self.storage_due.filter(|at| *at > now) {
+            return Some(at);
+        }
+        let first = self.storage_due.is_none();
+        self.storage_due = now.checked_add(STORAGE_PERIOD).ok();
+        if first {
+            return self.storage_due;
+        }
+        let logs = self.state_dir.join("logs");
+        let containers = self.slots.iter().map(|slot| {
+            let layer = slot.container_id.as_ref().map(|id| self.state_dir.join("c").join(id).join("upper"));
+            (slot.spec.name.clone(), layer.into_iter().chain([logs.join(&slot.spec.name)]).collect())
+        });
+        let volumes = storage::disk_volumes(spec)
+            .map(|(name, _)| (name.to_string(), vec![self.state_dir.join("volumes").join(name)]));
+        let places = storage::Places { containers: containers.collect(), volumes: volumes.collect() };
+        let usage = tokio::task::spawn_blocking(move || storage::measure(&places)).await.unwrap_or_default();
+        if let Some(text) = storage::excess(&limits, &usage) {
+            self.event(EventType::Warning, status::EVICTED, text.clone());
+            self.failure = Some((status::EVICTED.to_string(), text));
+            self.outcome = Some(Outcome::Failed);
+        }
+        self.storage_due
     }
 
     /// Makes the pod's directories, volumes and sandbox, and keeps volumes fresh.
@@ -1145,7 +1188,8 @@ impl PodWorker {
     /// Ends a pod that is over but not deleted: whatever still runs is stopped, then the sandbox goes. Logs and status stay.
     async fn end(&mut self) {
         if self.any_running() {
-            self.terminate(self.pod_grace());
+            let evicted = self.failure.as_ref().is_some_and(|(reason, _)| reason == status::EVICTED);
+            self.terminate(if evicted { EVICTION_GRACE.min(self.pod_grace()) } else { self.pod_grace() });
             return;
         }
         self.tear_down().await;

@@ -115,6 +115,7 @@ fn services_do_what_kubernetes_expects_of_them() {
         ("nearby", traffic_stays_nearby),
         ("handmade", endpoints_made_by_hand),
         ("proxy", the_api_server_proxies),
+        ("evicted", evicted_pods_are_no_endpoints),
     ];
     std::thread::scope(|scope| {
         let running: Vec<_> = subjects
@@ -519,4 +520,34 @@ fn the_api_server_proxies(s: &Space) {
     assert!(s.c.kubectl(&format!("get --raw {logs}pods/proxy_web_{uid}/%2e%2e/")).code != Some(0));
     s.c.kubectl("get --raw /api/v1/nodes/node-1/proxy/pods").has("\"PodList\"").unwrap();
     s.c.kubectl("get --raw /api/v1/nodes/node-1/proxy/configz").has("kubeletconfig").unwrap();
+}
+
+fn evicted_pods_are_no_endpoints(s: &Space) {
+    s.apply("
+apiVersion: v1
+kind: Pod
+metadata: {name: greedy, labels: {app: greedy}}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: a
+    image: portolan.dev/toolbox
+    command: [sh, -c, 'head -c 10485760 /dev/zero > /file; sleep 1000']
+    resources: {limits: {ephemeral-storage: 5Mi}}
+---
+{apiVersion: v1, kind: Service, metadata: {name: greedy}, spec: {publishNotReadyAddresses: true, selector: {app: greedy}, ports: [{port: 80}]}}
+");
+    s.servers(&[("client", "node-2", "client", "")]);
+    eventually("the pod is evicted", LIMIT, || {
+        let status = s.get("pod/greedy", "{.status.phase} {.status.reason} {.status.message}");
+        let expected = "Failed Evicted Pod ephemeral local storage usage exceeds the total limit of containers 5Mi.";
+        if status.trim_end() == expected { Ok(()) } else { Err(status) }
+    });
+    s.kubectl("get events").has("Evicted").unwrap();
+    s.kubectl("describe pod greedy").has("DisruptionTarget").unwrap();
+    eventually("its endpoint is gone", LIMIT, || {
+        let left = s.get("endpointslice", "{.items[*].endpoints[*].addresses}");
+        if left.is_empty() { Ok(()) } else { Err(left) }
+    });
+    s.fails(&s.pod("client"), "greedy:80", 7);
 }
