@@ -503,7 +503,9 @@ fn measure_agent(services: u32) {
         let mut ticks = tokio::time::interval(Duration::from_millis(10));
         for tick in 0..total / 10 {
             ticks.tick().await;
-            futures::future::join_all((0..10).map(|k| swap(tick * 10 + k, 13 + tick % 2))).await;
+            // Another address each time that a Service has its turn again.
+            let changes = (0..10).map(|k| tick * 10 + k).map(|n| swap(n, 13 + n / services % 2));
+            futures::future::join_all(changes).await;
         }
     });
     let took = start.elapsed();

@@ -228,6 +228,8 @@ pub struct Applied<'a> {
     pub slices: Vec<IpFamily>,
     /// From the changes of the world that the slices were made for to now; see `network_programming_duration_seconds`.
     pub latencies: Vec<(IpFamily, Duration)>,
+    /// Families where chains that are not used any more could not be removed, which is tried again.
+    pub cleanup_failed: Vec<IpFamily>,
     /// Someone else changed the table, and it was put right.
     pub healed: bool,
 }
@@ -236,7 +238,9 @@ pub struct Applied<'a> {
 pub fn run(mut proxy: ServiceProxy, mailbox: &Mailbox, mut after: impl FnMut(Applied<'_>)) {
     let mut retry: Option<(Instant, Duration)> = None;
     let mut first = true;
-    while let Some(pending) = mailbox.take(retry.map(|(at, _)| at)) {
+    while let Some(pending) = mailbox.take(retry.map(|(at, _)| at).into_iter().chain(proxy.sweep_due()).min()) {
+        let due = proxy.sweep_due().is_some_and(|due| due <= Instant::now());
+        let cleanup_failed = if due { proxy.sweep() } else { Vec::new() };
         let services = pending.services.values().flat_map(|s| families_of_service(s.as_deref())).collect();
         let slices = pending.slices.values().flat_map(families_of_slice).collect();
         let triggers: Vec<(IpFamily, Timestamp)> = if first {
@@ -275,7 +279,7 @@ pub fn run(mut proxy: ServiceProxy, mailbox: &Mailbox, mut after: impl FnMut(App
         let now = Timestamp::now();
         let since = |(family, t): (IpFamily, Timestamp)| Some((family, now.duration_since(t).try_into().ok()?));
         let latencies = triggers.into_iter().filter_map(since).collect();
-        after(Applied { proxy: &proxy, report: &report, services, slices, latencies, healed });
+        after(Applied { proxy: &proxy, report: &report, services, slices, latencies, cleanup_failed, healed });
     }
 }
 

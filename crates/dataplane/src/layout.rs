@@ -442,6 +442,11 @@ pub fn pods_known(node: &NodeView, family: IpFamily) -> bool {
     !from_pod(node, family).is_empty()
 }
 
+/// Whether a chain's name is one that [`Pick::chain`] gives.
+pub fn is_pick_chain(name: &str) -> bool {
+    name.starts_with("pick-")
+}
+
 /// The table of a family.
 pub fn table(family: IpFamily) -> Table {
     Table {

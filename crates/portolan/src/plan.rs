@@ -45,7 +45,9 @@ pub async fn run(args: args::Plan) -> Result<()> {
             for pod in Api::<Pod>::all(client.clone()).list(&own).await.context("cannot list Pods")?.items {
                 world.put_pod(&pod);
             }
-            for cidr in Api::<ServiceCIDR>::all(client.clone()).list(&all).await.context("cannot list ServiceCIDRs")?.items {
+            for cidr in
+                Api::<ServiceCIDR>::all(client.clone()).list(&all).await.context("cannot list ServiceCIDRs")?.items
+            {
                 see_range(&mut world, cidr);
             }
             if let Some(node) = Api::<Node>::all(client).get_opt(&view.name).await.context("cannot read the Node")? {

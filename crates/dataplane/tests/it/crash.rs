@@ -81,21 +81,29 @@ impl Drop for File {
     }
 }
 
-/// The endpoints that the kernel has for a cluster IP.
-fn endpoints(kernel: &mut NetlinkExecutor, ip: &str) -> BTreeSet<String> {
+/// The endpoints that the kernel has for a cluster IP and for a node port; none unless the node port has an address.
+fn endpoints(kernel: &mut NetlinkExecutor, ip: &str, node_port: u16) -> [BTreeSet<String>; 2] {
     let sets = layout::Sets::default();
-    let all = kernel.elements(&layout::table(IpFamily::V4), sets.get(SetId::Slots)).unwrap().unwrap_or_default();
-    let of = |e: &Element| e.key[0] == Value::V4(ip.parse().unwrap());
-    all.into_iter()
-        .filter(of)
-        .filter_map(|e| match e.data {
-            Some(Data::Values(values)) => match values[..] {
-                [Value::V4(addr), _] => Some(addr.to_string()),
+    let mut all = |id: SetId| kernel.elements(&layout::table(IpFamily::V4), sets.get(id)).unwrap().unwrap_or_default();
+    let addressed = !all(SetId::NodePortAddresses).is_empty();
+    let ip = Value::V4(ip.parse().unwrap());
+    let of = |elements: Vec<Element>, wanted: &dyn Fn(&Element) -> bool| {
+        elements
+            .into_iter()
+            .filter(wanted)
+            .filter_map(|e| match e.data {
+                Some(Data::Values(values)) => match values[..] {
+                    [Value::V4(addr), _] => Some(addr.to_string()),
+                    _ => None,
+                },
                 _ => None,
-            },
-            _ => None,
-        })
-        .collect()
+            })
+            .collect()
+    };
+    [
+        of(all(SetId::Slots), &|e| e.key[0] == ip),
+        of(all(SetId::NodePortSlots), &|e| addressed && e.key[1] == Value::Port(node_port)),
+    ]
 }
 
 fn from<T: serde::de::DeserializeOwned>(value: serde_json::Value) -> T {
@@ -146,9 +154,10 @@ fn a_killed_agent_leaves_no_gap() {
         let mut kernel = space.run(NetlinkExecutor::new).unwrap().unwrap();
         let mut reach = |wanted: &[String], what: &str| {
             let wanted: BTreeSet<String> = wanted.iter().cloned().collect();
+            let wanted = [wanted.clone(), wanted];
             let start = Instant::now();
             loop {
-                let seen = endpoints(&mut kernel, "10.96.10.1");
+                let seen = endpoints(&mut kernel, "10.96.10.1", 30080);
                 if seen == wanted {
                     return;
                 }

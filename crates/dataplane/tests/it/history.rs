@@ -130,6 +130,13 @@ fn content(fake: &mut Shared, family: IpFamily) -> (Content, BTreeSet<String>) {
     (all, chains)
 }
 
+/// What was used lately is kept for a second, which need not pass here.
+fn sweep(proxy: &mut ServiceProxy) {
+    while proxy.sweep_due().is_some() {
+        assert!(proxy.sweep().is_empty());
+    }
+}
+
 #[test]
 fn incremental_rendering_equals_rendering_from_scratch() {
     for seed in 0..40 {
@@ -146,6 +153,7 @@ fn incremental_rendering_equals_rendering_from_scratch() {
             let report = proxy.sync();
             assert!(report.is_ok(), "seed {seed} step {step}: {report:?}");
         }
+        sweep(&mut proxy);
         let mut fresh_fake = Shared::default();
         let mut fresh = ServiceProxy::with_executor(Box::new(fresh_fake.clone()), None, lab::node_view("n1"));
         for change in history {
@@ -162,6 +170,7 @@ fn incremental_rendering_equals_rendering_from_scratch() {
         let before = content(&mut fake, IpFamily::V4);
         proxy.distrust_kernel();
         assert!(proxy.sync().is_ok());
+        sweep(&mut proxy);
         let after = content(&mut fake, IpFamily::V4);
         assert_eq!(before.0, after.0, "seed {seed}");
         assert_eq!(after.1, content(&mut fresh_fake, IpFamily::V4).1, "seed {seed}");
@@ -272,7 +281,7 @@ fn the_work_for_a_change_follows_the_size_of_its_service() {
     let (small, large) = (costs(10, 20), costs(300, 20));
     assert_eq!(small, large, "transactions, messages, elements, objects and endpoints looked at");
     for (step, [transactions, messages, _, objects, endpoints]) in small.iter().enumerate() {
-        assert!(*transactions <= 3 && *objects == 1 && *endpoints <= 21, "step {step}: {small:?}");
+        assert!(*transactions <= 4 && *objects == 1 && *endpoints <= 21, "step {step}: {small:?}");
         assert!(*messages <= 100, "step {step}: {small:?}");
     }
     // One endpoint more or less does not follow the size of the Service in elements.

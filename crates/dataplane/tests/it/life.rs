@@ -163,7 +163,7 @@ fn a_table_of_another_layout_is_replaced_without_a_gap() {
 }
 
 /// What other programs may do to our table, as nft scripts; each is noticed and put right.
-const INTERFERENCE: [&str; 9] = [
+const INTERFERENCE: [&str; 10] = [
     "delete table ip T",
     "flush ruleset",
     "flush chain ip T services",
@@ -172,6 +172,7 @@ const INTERFERENCE: [&str; 9] = [
     "delete element ip T cluster-ips { 10.96.10.1 }",
     "flush chain ip T prerouting; delete chain ip T prerouting",
     "insert rule ip T services drop",
+    "add chain ip T foreign { type filter hook prerouting priority 0; }; add rule ip T foreign drop",
     // A map of ours with another shape cannot be corrected, only replaced with the whole table.
     "flush chain ip T services; delete map ip T frontends; add map ip T frontends { type ipv4_addr : verdict; }",
 ];
