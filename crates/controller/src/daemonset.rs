@@ -22,7 +22,7 @@ use serde_json::json;
 use crate::Context;
 use crate::pods::{self, Availability};
 use crate::queue::{Key, Next, Queue};
-use crate::replicaset::{adopt, delete_pod, release, wake_owner};
+use crate::replicaset::{adopt, delete_pod, may_adopt, release, wake_owner};
 use crate::scheduler::{tolerates_node, wants_node};
 use crate::statefulset::{REVISION_LABEL, revision_data, revision_template};
 use crate::util::{
@@ -291,6 +291,12 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
         pods::claim(&set.metadata, &spec.selector, caches.pods.claimable(&key.namespace, uid, &spec.selector), |_| {
             true
         });
+    if !claim.adopt.is_empty() {
+        let sets: Api<DaemonSet> = Api::namespaced(context.client.clone(), &key.namespace);
+        if !may_adopt(&sets, &set).await? {
+            return Ok(Next::Wait);
+        }
+    }
     for pod in &claim.adopt {
         adopt(&pod_api, &caches.pods, &*set, pod).await?;
     }

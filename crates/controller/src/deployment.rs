@@ -21,7 +21,7 @@ use portolan_client::{EventRecorder, EventType};
 use crate::Context;
 use crate::pods;
 use crate::queue::{Key, Next, Queue};
-use crate::replicaset::{adopt, release, remove};
+use crate::replicaset::{adopt, may_adopt, release, remove};
 use crate::selector;
 use crate::util::{
     already_exists, controller_of, controller_reference, is_namespace_terminating, is_not_found, message, reference,
@@ -813,6 +813,9 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     let uid = deployment.metadata.uid.as_deref();
     let candidates = caches.replica_sets.claimable(&key.namespace, uid, &spec.selector);
     let claim = pods::claim(&deployment.metadata, &spec.selector, candidates, |_| true);
+    if !claim.adopt.is_empty() && !may_adopt(&api, &deployment).await? {
+        return Ok(Next::Wait);
+    }
     for set in &claim.adopt {
         adopt(&set_api, &caches.replica_sets, &*deployment, set).await?;
     }

@@ -21,7 +21,7 @@ use serde_json::json;
 use crate::Context;
 use crate::pods;
 use crate::queue::{Key, Next, Queue};
-use crate::replicaset::{delete_pod, release};
+use crate::replicaset::{delete_pod, may_adopt, release};
 use crate::util::{
     controller_of, controller_reference, is_conflict, is_namespace_terminating, is_not_found, is_replaced, message,
     reference,
@@ -687,6 +687,9 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
         let claim = pods::claim(&job.metadata, selector, candidates, |_| {
             finished(&job.status.clone().unwrap_or_default()).is_none()
         });
+        if !claim.adopt.is_empty() && !may_adopt(&job_api, &job).await? {
+            return Ok(Next::Wait);
+        }
         for pod in &claim.adopt {
             let patch = json!({"metadata": {"uid": pod.metadata.uid, "finalizers": [TRACKING],
                 "ownerReferences": [controller_reference(&*job)]}});

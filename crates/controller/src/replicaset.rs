@@ -212,6 +212,13 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     pods.extend(more);
     let plan = plan(&set, &pods, &siblings, context.clock.now());
     let api: Api<Pod> = Api::namespaced(context.client.clone(), &key.namespace);
+    // An owner that is gone or going has nothing else to do either.
+    if !plan.adopt.is_empty() {
+        let sets: Api<ReplicaSet> = Api::namespaced(context.client.clone(), &key.namespace);
+        if !may_adopt(&sets, &set).await? {
+            return Ok(Next::Wait);
+        }
+    }
     for pod in &plan.adopt {
         adopt(&api, &caches.pods, &*set, pod).await?;
     }
@@ -353,7 +360,16 @@ pub(crate) async fn remove<K: crate::cache::Cached>(
     }
 }
 
-/// Makes `owner` the controller of a pod.
+/// Whether the owner still exists and is not being deleted, by a live read: the cache may not have the deletion yet, and what an
+/// orphaning deletion has just released must not be taken back (upstream's `RecheckDeletionTimestamp`).
+pub(crate) async fn may_adopt<K: crate::cache::Cached>(api: &Api<K>, owner: &K) -> anyhow::Result<bool> {
+    let meta = owner.meta();
+    let name = meta.name.as_deref().unwrap_or_default();
+    let live = api.get_metadata_opt(name).await.with_context(|| format!("cannot look at {name} before it adopts"))?;
+    Ok(live.is_some_and(|live| live.metadata.uid == meta.uid && live.metadata.deletion_timestamp.is_none()))
+}
+
+/// Makes `owner` the controller of a pod, if [`may_adopt`] has agreed.
 pub(crate) async fn adopt<O, K>(api: &Api<K>, cache: &Informer<K>, owner: &O, object: &K) -> anyhow::Result<()>
 where
     O: kube::Resource<DynamicType = ()>,

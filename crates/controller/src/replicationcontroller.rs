@@ -16,7 +16,7 @@ use portolan_client::EventRecorder;
 
 use crate::Context;
 use crate::queue::{Key, Next, Queue};
-use crate::replicaset::{adopt, create, delete_pod, plan, release, replica, status};
+use crate::replicaset::{adopt, create, delete_pod, may_adopt, plan, release, replica, status};
 use crate::selector;
 use crate::util::{controller_of, is_namespace_terminating, is_not_found, message};
 
@@ -122,6 +122,12 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     let pods: Vec<Arc<Pod>> = caches.pods.claimable(&key.namespace, uid, &spec.selector);
     let plan = plan(&set, &pods, &[], context.clock.now());
     let api: Api<Pod> = Api::namespaced(context.client.clone(), &key.namespace);
+    if !plan.adopt.is_empty() {
+        let controllers: Api<ReplicationController> = Api::namespaced(context.client.clone(), &key.namespace);
+        if !may_adopt(&controllers, &controller).await? {
+            return Ok(Next::Wait);
+        }
+    }
     for pod in &plan.adopt {
         adopt(&api, &caches.pods, &*controller, pod).await?;
     }

@@ -23,7 +23,7 @@ use serde_json::json;
 use crate::Context;
 use crate::pods::{self, Availability};
 use crate::queue::{Key, Next, Queue};
-use crate::replicaset::{adopt, release, remove, wake_owner};
+use crate::replicaset::{adopt, may_adopt, release, remove, wake_owner};
 use crate::util::{
     already_exists, controller_of, controller_reference, is_namespace_terminating, is_not_found, message, reference,
 };
@@ -478,6 +478,12 @@ async fn sync(context: Context, events: EventRecorder, key: Key) -> anyhow::Resu
     let member = |pod: &Pod| ordinal(&set, pod).is_some();
     let claim =
         pods::claim(&set.metadata, &spec.selector, caches.pods.claimable(&key.namespace, uid, &spec.selector), member);
+    if !claim.adopt.is_empty() {
+        let sets: Api<StatefulSet> = Api::namespaced(context.client.clone(), &key.namespace);
+        if !may_adopt(&sets, &set).await? {
+            return Ok(Next::Wait);
+        }
+    }
     for pod in &claim.adopt {
         adopt(&pod_api, &caches.pods, &*set, pod).await?;
     }

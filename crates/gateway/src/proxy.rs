@@ -240,6 +240,7 @@ pub(crate) async fn handle(
     Ok(response)
 }
 
+#[expect(clippy::large_enum_variant, reason = "made once for each request and taken apart at once")]
 enum Answer {
     Own(Own),
     Upstream(Response<Incoming>, Option<Lease>, Duration),
@@ -472,7 +473,8 @@ async fn proxy(
                         *exchange.link.tunnel.borrow_mut() = Some(Tunnel { remains, idle });
                         return Ok((response, None));
                     }
-                    let lease = remains.is_none().then_some(Lease { sender, address });
+                    let lease =
+                        remains.is_none().then_some(Lease { sender, address, reusable: progress.complete.get() });
                     return Ok((response, lease));
                 }
                 Some(Err(mut error)) => {

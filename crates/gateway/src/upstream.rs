@@ -59,12 +59,14 @@ impl Drop for Sender {
 pub(crate) struct Lease {
     pub sender: Sender,
     pub address: SocketAddr,
+    /// Whether the whole request had been taken from the client when the response began. What comes after an early response the
+    /// backend may never read, nor a request behind it.
+    pub reusable: bool,
 }
 
 impl Lease {
     pub fn give_back(self, exchange: &Exchange) {
-        // A response that came before the whole request was sent leaves the connection in the middle of a request.
-        if exchange.progress.complete.get() {
+        if self.reusable {
             exchange.worker.pool.put(self);
         }
     }
